@@ -1,0 +1,191 @@
+"""The published row: what one layer did in one window, and its Arrow schemas on disk.
+
+One `LayerRow` is one row of `spectra/*.parquet`. The schemas are the contract with everybody who reads
+the files later, so they live here, apart from the code that computes rows and the code that writes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+F64 = npt.NDArray[np.float64]
+
+SCHEMA_VERSION = 1
+"""Raised when a column changes its meaning; readers refuse a newer one by name."""
+VERSION_KEY = b"delve_ray.schema_version"
+
+PHASES = ("train", "eval")
+
+ALWAYS = ("saturation", "intrinsic_dimensionality")
+"""Statistics that every row carries, asked for or not."""
+SCALAR_STATS = (
+    "saturation",
+    "intrinsic_dimensionality",
+    "trace",
+    "diagonal_trace",
+    "determinant",
+    "log_determinant",
+    "effective_rank",
+    "participation_ratio",
+    "stable_rank",
+    "spectral_entropy",
+    "condition_number",
+    "alpha",
+    "noise_rank",
+)
+"""Long names of the scalar statistics: Parquet columns and the first part of metric keys."""
+INTEGER_STATS = frozenset({"intrinsic_dimensionality"})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRow:
+    """One layer in one window of one phase.
+
+    `stats` maps the long names in `SCALAR_STATS` to values; a statistic that was not asked for, or is not
+    defined for this spectrum, is absent and becomes null on disk. `eigenvalues` is float64, descending.
+    `covariance` is the packed upper triangle (row-major, float64, d(d+1)/2) or None when not asked for.
+    """
+
+    layer: str
+    layer_type: str
+    phase: str
+    features: int
+    samples: int
+    nonfinite_rows: int
+    threshold: float
+    stats: Mapping[str, float]
+    eigenvalues: F64
+    mean: F64
+    covariance: F64 | None = None
+    alpha_r2: float | None = None
+    alpha_from: int | None = None
+    alpha_to: int | None = None
+    thresholds: Sequence[float] = ()
+    intrinsic_dimensionalities: Sequence[int] = ()
+    sketched: bool = False
+
+    @property
+    def mean_norm(self) -> float:
+        """Euclidean norm of the mean row."""
+        return float(np.linalg.norm(self.mean))
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWindow:
+    """All rows of one window at one revision, as handed to every writer.
+
+    `window` is the ordinal of the window within its attempt, `step` its label. `revision` rises with each
+    publication of the same window (live rows first, then the final ones, then corrections).
+    """
+
+    run: str
+    attempt: int
+    window: int
+    step: int
+    revision: int
+    final: bool
+    workers: int
+    world_size: int
+    wall_time: datetime
+    rows: Sequence[LayerRow] = field(default=())
+    trial: str | None = None
+    trial_config: str | None = None
+
+
+def _versioned(fields: Sequence[pa.Field]) -> pa.Schema:
+    return pa.schema(list(fields), metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()})
+
+
+_WINDOW_FIELDS = (
+    pa.field("run", pa.string()),
+    pa.field("trial", pa.string()),
+    pa.field("attempt", pa.int32()),
+    pa.field("phase", pa.string()),
+    pa.field("step", pa.int64()),
+    pa.field("layer", pa.string()),
+    pa.field("layer_type", pa.string()),
+    pa.field("features", pa.int32()),
+    pa.field("samples", pa.int64()),
+    pa.field("nonfinite_rows", pa.int64()),
+    pa.field("workers", pa.int32()),
+    pa.field("world_size", pa.int32()),
+    pa.field("revision", pa.int32()),
+    pa.field("final", pa.bool_()),
+)
+
+SPECTRA_SCHEMA = _versioned(
+    [
+        *_WINDOW_FIELDS,
+        pa.field("threshold", pa.float64()),
+        *(pa.field(name, pa.int32() if name in INTEGER_STATS else pa.float64()) for name in SCALAR_STATS),
+        pa.field("alpha_r2", pa.float64()),
+        pa.field("alpha_from", pa.int32()),
+        pa.field("alpha_to", pa.int32()),
+        pa.field("thresholds", pa.list_(pa.float64())),
+        pa.field("intrinsic_dimensionalities", pa.list_(pa.int32())),
+        pa.field("eigenvalues", pa.list_(pa.float64())),
+        pa.field("mean_norm", pa.float64()),
+        pa.field("sketched", pa.bool_()),
+        pa.field("trial_config", pa.string()),
+        pa.field("wall_time", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""spectra/*.parquet: one row per (run, attempt, phase, step, layer) and revision."""
+
+COVARIANCES_SCHEMA = _versioned(
+    [
+        *_WINDOW_FIELDS,
+        pa.field("mean", pa.list_(pa.float64())),
+        pa.field("covariance", pa.list_(pa.float64())),
+        pa.field("wall_time", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""covariances/*.parquet: the packed upper triangle of the population covariance, row-major."""
+
+SCALARS_SCHEMA = _versioned(
+    [
+        pa.field("run", pa.string()),
+        pa.field("trial", pa.string()),
+        pa.field("attempt", pa.int32()),
+        pa.field("rank", pa.int32()),
+        pa.field("name", pa.string()),
+        pa.field("step", pa.int64()),
+        pa.field("value", pa.float64()),
+        pa.field("wall_time", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""scalars/*.parquet: what `SaturationTracker.add_scalar` recorded."""
+
+
+def metric_key(stat: str, phase: str, layer: str) -> str:
+    """The metric key `<stat>/<phase>/<layer>`.
+
+    A layer called "mean" is written `layer:mean`: `<stat>/<phase>/mean` is the mean over layers.
+
+    >>> metric_key("saturation", "train", "conv1"), metric_key("trace", "eval", "mean")
+    ('saturation/train/conv1', 'trace/eval/layer:mean')
+    """
+    return f"{stat}/{phase}/{'layer:mean' if layer == 'mean' else layer}"
+
+
+def window_metrics(rows: Sequence[LayerRow]) -> dict[str, float]:
+    """Metric keys and values of rows: one key per statistic and layer, and the mean over layers.
+
+    The mean is unweighted over the layers whose value is finite; without any it is left out.
+    """
+    metrics: dict[str, float] = {}
+    finite: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        for stat, value in row.stats.items():
+            metrics[metric_key(stat, row.phase, row.layer)] = value
+            if np.isfinite(value):
+                finite.setdefault((stat, row.phase), []).append(value)
+    for (stat, phase), values in finite.items():
+        metrics[f"{stat}/{phase}/mean"] = float(np.mean(values))
+    return metrics
