@@ -1,0 +1,361 @@
+"""Accumulating the moments of a layer's rows where the rows are: on the device, inside the forward hook.
+
+Shapes in names: N observations, D features, K groups waiting to be folded.
+
+Each piece of a batch is a group of its own: it is centred by its own mean, so that products in float32 are
+safe at any offset (raw float32 sums are not: at mean/spread 700 they turn an intrinsic dimensionality of 99
+into 71), and its scatter is added to a float64 sum. What the merge formula adds between groups (see
+`moments`) needs only their counts and means, so these wait and are folded in with one matrix product for
+every 32 groups.
+
+The float32 mean c that centres a group is rounded. With r = Σ(z − c) the exact mean is c + r/n and the
+scatter about it is Σ(z − c)ᵀ(z − c) − n·(r/n)(r/n)ᵀ; the correction is folded in with the same product.
+
+Only the upper triangle is computed and kept, in blocks of rows: `BlockPlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from delve_ray.moments import F64, Moments, pack_block, triangle_size
+
+_CHUNK_ELEMENTS = 1 << 20
+"""Elements of a batch that are reduced at a time: 4 MB of scratch, which stays in the cache."""
+_CHUNK_ROWS = (1024, 8192)
+"""Fewest and most rows that a chunk may have. A float32 product over 2^16 rows is wrong by 5e-7 of λ1, over 2^18
+by 1.6e-6; over 2^13 it is right to 2e-7. With too few rows, adding the product costs more than computing it."""
+_NARROW = 16
+"""Below this many features a product is memory bound, and BLAS sums it naively (5e-5 of λ1 at 2^18 rows): it is
+taken in float64, which costs nothing there."""
+_GROUPS = 32
+"""Groups whose means wait before they are folded into the float64 sums."""
+_LARGEST = 1e140
+"""Values beyond it count as non-finite: their squares leave float64 as soon as they are summed."""
+_TINY_SQUARE = 1e-30
+"""Below this the squares of a float32 product fall into the subnormal numbers and lose digits."""
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+class BlockPlan:
+    """How the upper triangle of a D×D product is cut into dense blocks of rows, laid out one after another.
+
+    Block (first, height) holds rows first … first+height of the product from column `first` on. Four blocks
+    compute 5/8 of the full product, eight 9/16; below 96 features one product is faster than several.
+    """
+
+    __slots__ = ("blocks", "diagonal", "features", "size")
+
+    def __init__(self, features: int) -> None:
+        count = 1 if features < 96 else 4 if features < 2048 else 8
+        self.features = features
+        self.blocks: list[tuple[int, int, int]] = []
+        diagonal = np.empty(features, dtype=np.int64)
+        self.size = 0
+        for first in range(0, features, -(-features // count)):
+            height = min(-(-features // count), features - first)
+            width = features - first
+            diagonal[first : first + height] = self.size + np.arange(height) * (width + 1)
+            self.blocks.append((first, height, self.size))
+            self.size += height * width
+        self.diagonal: npt.NDArray[np.int64] = diagonal
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The dense blocks, shape (height, D − first) each, as views of a flat buffer of `size` elements."""
+        return [flat[start : start + h * (self.features - f)].view(h, -1) for f, h, start in self.blocks]
+
+
+@lru_cache(maxsize=256)
+def block_plan(features: int) -> BlockPlan:
+    """The (cached) plan for a number of features."""
+    return BlockPlan(features)
+
+
+class Workspace:
+    """Scratch memory that all accumulators of one device share; grows to the largest layer and stays there.
+
+    Holds a chunk of centred rows and one product. Only valid until the next call, so accumulators that share
+    a workspace are used under one lock.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._products: dict[tuple[int, torch.dtype], tuple[Tensor, list[Tensor]]] = {}
+
+    def _buffer(self, role: str, size: int, dtype: torch.dtype) -> Tensor:
+        buffer = self._flat.get((role, dtype))
+        if buffer is None or buffer.numel() < size:
+            buffer = self._flat[role, dtype] = _empty(size, dtype, self.device)
+            if role == "product":
+                self._products = {key: views for key, views in self._products.items() if key[1] != dtype}
+        return buffer[:size]
+
+    def rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor of this shape."""
+        return self._buffer("rows", shape.numel(), dtype).view(shape)
+
+    def product(self, plan: BlockPlan, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """An uninitialised flat product and its blocks."""
+        found = self._products.get((plan.features, dtype))
+        if found is None:
+            flat = self._buffer("product", plan.size, dtype)
+            found = self._products[plan.features, dtype] = (flat, plan.views(flat))
+        return found
+
+
+def _empty(size: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # Tensors made inside inference mode could not be written to outside of it.
+    with torch.inference_mode(False):
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+def _zeros(size: int | tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=dtype, device=device)
+
+
+@contextmanager
+def _ieee_products(device: torch.device) -> Iterator[None]:
+    """Keep TF32 and bfloat16 out of float32 products, whatever the user chose for the training."""
+    backends: Any = torch.backends
+    backend: Any = backends.cuda.matmul if device.type == "cuda" else getattr(backends.mkldnn, "matmul", None)
+    chosen = getattr(backend, "fp32_precision", None)
+    if chosen in (None, "ieee", "none"):
+        if chosen is None and device.type == "cuda" and backend.allow_tf32:  # torch < 2.9
+            backend.allow_tf32 = False
+            try:
+                yield
+            finally:
+                backend.allow_tf32 = True
+            return
+        yield
+        return
+    backend.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = chosen
+
+
+class Accumulator:
+    """The moments of one layer in one phase, on one device.
+
+    `add` takes rows of shape (…, D), any float dtype, any strides, and keeps nothing of them. On the CPU it
+    looks at the values (non-finite rows, products that leave float32) and takes a float64 path where needed;
+    on other devices it never synchronises: the same cases are handled by masks and scaling. Not thread-safe.
+
+    Memory: 8·`BlockPlan.size` bytes, about 5d², and 65 float64 vectors.
+    """
+
+    def __init__(self, features: int, workspace: Workspace, precision: torch.dtype = torch.float32) -> None:
+        self.features = features
+        self.workspace = workspace
+        self.precision = torch.float64 if features < _NARROW else precision
+        self.checked = workspace.device.type == "cpu"
+        self._plan = block_plan(features)
+        self._sums = _zeros(self._plan.size, workspace.device)
+        self._blocks = self._plan.views(self._sums)
+        # Row 0 is the group of everything folded so far; a group's residual is r/n, see the module's head.
+        self._counts = _zeros(_GROUPS + 1, workspace.device)
+        self._means = _zeros((_GROUPS + 1, features), workspace.device)
+        self._residuals = _zeros((_GROUPS + 1, features), workspace.device)
+        self._waiting = 0
+        self._dropped = _zeros((), workspace.device, torch.int64)
+        self._ready = torch.cuda.Event() if workspace.device.type == "cuda" else None
+        if self.checked:  # numpy adds float32 to float64 four times as fast as torch, and indexes without a dispatch
+            self._sums_np: F64 = self._sums.numpy()
+            self._counts_np: F64 = self._counts.numpy()
+
+    def add(self, rows: Tensor) -> None:
+        """Add rows of shape (…, D). Raises ValueError for another width and TypeError for a dtype that is no float."""
+        x = rows.detach()
+        if x.dim() == 0 or x.shape[-1] != self.features:
+            raise ValueError(
+                f"rows of shape {tuple(x.shape)} do not have {self.features} features in the last dimension"
+            )
+        if not x.is_floating_point():
+            raise TypeError(f"rows are {x.dtype}; moments are taken of floating point values")
+        if x.numel() == 0:
+            return
+        if x.device != self.workspace.device:
+            x = x.to(self.workspace.device)
+        add_group = self._add_checked if self.checked else self._add_deferred
+        for chunk in _chunks(x if x.dim() > 1 else x.unsqueeze(0)):
+            add_group(chunk)
+        if self._ready is not None:
+            self._ready.record()
+
+    # --- one group ---------------------------------------------------------------------------------------
+
+    def _add_checked(self, x: Tensor) -> None:
+        """A group on the CPU: look at the mean, which is non-finite as soon as any value is."""
+        wide = x.dtype == torch.float64
+        leading = tuple(range(x.dim() - 1))
+        centre = x.mean(leading, dtype=torch.float64 if wide else torch.float32)
+        total = centre.abs().sum().item()
+        if not total < (_LARGEST if wide else _FLOAT32_MAX):
+            self._add_irregular(x.reshape(-1, self.features))
+            return
+        self._add_centred(x, centre, x.numel() // self.features, self.precision)
+
+    def _add_irregular(self, rows: Tensor) -> None:
+        """A group with non-finite or huge values: leave out and count the bad rows, take the others in float64."""
+        good = (rows.abs() <= _LARGEST).all(dim=1)  # false for NaN, too
+        n = int(good.sum())
+        self._dropped += rows.shape[0] - n
+        if n:
+            kept = rows[good].double()
+            self._add_centred(kept, kept.mean(0), n, torch.float64)
+
+    def _add_centred(self, x: Tensor, centre: Tensor, n: int, dtype: torch.dtype) -> None:
+        centred = self.workspace.rows(x.shape, dtype)
+        torch.sub(x, centre, out=centred)
+        centred = centred.view(n, self.features)
+        residual = centred.sum(0)
+        product, _ = self._product(centred)
+        product_np = product.numpy()
+        if dtype == torch.float32:
+            largest = float(product_np[self._plan.diagonal].max())
+            if not _TINY_SQUARE < largest < _FLOAT32_MAX and bool(centred.any()):
+                self._add_centred(x.double(), centre.double(), n, torch.float64)
+                return
+        np.add(self._sums_np, product_np, out=self._sums_np)
+        slot = self._slot()
+        self._counts_np[slot] = n
+        torch.div(residual, n, out=self._residuals[slot])
+        torch.add(self._residuals[slot], centre, out=self._means[slot])
+
+    def _add_deferred(self, x: Tensor) -> None:
+        """A group on a device that must not be waited for: every case is handled by masks and scaling.
+
+        Rows are scaled by a power of two before they are squared, so that no float32 product overflows or
+        vanishes, and the product is scaled back in float64.
+        """
+        dtype = self.precision
+        rows = self.workspace.rows(x.shape, dtype).copy_(x).view(-1, self.features)
+        largest = _LARGEST if dtype == torch.float64 else _FLOAT32_MAX
+        good = (rows.abs() <= largest).all(dim=1, keepdim=True)
+        n = good.sum(dtype=torch.int64)
+        self._dropped += rows.shape[0] - n
+        rows.masked_fill_(~good, 0.0)
+        _, exponent = torch.frexp(rows.abs().amax())
+        down = torch.ldexp(torch.ones((), dtype=dtype, device=x.device), -exponent)
+        rows.mul_(down)
+        at_least_one = n.clamp(min=1)
+        centre = rows.sum(0) / at_least_one
+        rows.sub_(centre).masked_fill_(~good, 0.0)
+        residual = rows.sum(0).double() / at_least_one
+        _, blocks = self._product(rows)
+        up = torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
+        for total, block in zip(self._blocks, blocks, strict=True):
+            total.addcmul_(block.double(), up * up)
+        slot = self._slot()
+        self._counts[slot] = n
+        self._residuals[slot] = residual * up
+        self._means[slot] = (residual + centre) * up
+
+    def _product(self, centred: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """The upper blocks of centredᵀ·centred, in scratch memory."""
+        flat, blocks = self.workspace.product(self._plan, centred.dtype)
+        with _ieee_products(centred.device):
+            for (first, height, _), block in zip(self._plan.blocks, blocks, strict=True):
+                # With `out=` autocast leaves the product alone.
+                torch.mm(centred[:, first : first + height].t(), centred[:, first:], out=block)
+        return flat, blocks
+
+    # --- between groups ----------------------------------------------------------------------------------
+
+    def _slot(self) -> int:
+        """Index of the next group, after folding the waiting ones if there is no room."""
+        if self._waiting == _GROUPS:
+            self._fold()
+        self._waiting += 1
+        return self._waiting
+
+    def _fold(self) -> None:
+        """Fold the waiting groups' means and residuals into the sums and into group 0."""
+        used = slice(0, self._waiting + 1)
+        if not self._waiting:
+            return
+        counts, means, residuals = self._counts[used], self._means[used], self._residuals[used]
+        total = counts.sum()
+        # Differences from one of the means, so that the sum does not round at the size of the offset. An
+        # empty group has mean 0; the last group always has rows on the CPU, elsewhere it does no more harm.
+        reference = means[-1]
+        mean = reference + (counts[:, None] * (means - reference)).sum(0) / total.clamp(min=1)
+        weight = counts.sqrt()[:, None]
+        between = (means - mean) * weight
+        rounding = residuals * weight
+        left, right = torch.cat([between, rounding]), torch.cat([between, -rounding])
+        for (first, height, _), block in zip(self._plan.blocks, self._blocks, strict=True):
+            block.addmm_(left[:, first : first + height].t(), right[:, first:])
+        self._counts.zero_()
+        self._residuals.zero_()
+        self._counts[0] = total
+        self._means[0] = mean
+        self._waiting = 0
+
+    # --- reading -----------------------------------------------------------------------------------------
+
+    def drain_into(self, buffer: F64) -> tuple[int, int]:
+        """Write mean (d) and packed scatter (d(d+1)/2) into `buffer`; returns (observations, non-finite rows).
+
+        Called by the sender's thread, on an accumulator that no hook can reach any more. Waits for the
+        device; the accumulator is used up.
+        """
+        expected = self.features + triangle_size(self.features)
+        if buffer.shape != (expected,):
+            raise ValueError(
+                f"the buffer has shape {buffer.shape}, moments of {self.features} features need ({expected},)"
+            )
+        if self._ready is not None:
+            self._ready.synchronize()
+        self._fold()
+        buffer[: self.features] = self._means[0].cpu().numpy()
+        packed = buffer[self.features :]
+        dense = self._sums.cpu()
+        start = 0
+        for block in self._plan.views(dense):
+            height, width = block.shape
+            size = triangle_size(height) + height * (width - height)
+            pack_block(block.numpy(), packed[start : start + size])
+            start += size
+        return int(self._counts[0]), int(self._dropped)
+
+    def moments(self) -> Moments:
+        """The moments so far, as float64 on the host; uses the accumulator up like `drain_into`."""
+        buffer = np.empty(self.features + triangle_size(self.features))
+        n, _ = self.drain_into(buffer)
+        return Moments.from_packed(n, buffer[: self.features], buffer[self.features :])
+
+    @staticmethod
+    def nbytes(features: int) -> int:
+        """Bytes that an accumulator of this many features holds."""
+        return 8 * (block_plan(features).size + (2 * features + 1) * (_GROUPS + 1))
+
+
+def _chunks(x: Tensor) -> Iterator[Tensor]:
+    """Pieces of x, shape (…, D), cut along its leading dimensions into a bounded number of rows each."""
+    features = x.shape[-1]
+    fewest, most = _CHUNK_ROWS
+    limit = min(most, max(fewest, _CHUNK_ELEMENTS // features))
+    rows = x.numel() // features
+    if rows <= limit:
+        yield x
+        return
+    if x.is_contiguous():
+        yield from x.view(-1, features).split(limit)
+    elif rows // x.shape[0] <= limit:
+        yield from x.split(limit * x.shape[0] // rows)
+    else:
+        for item in x:
+            yield from _chunks(item)
