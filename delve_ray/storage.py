@@ -1,0 +1,216 @@
+"""A run's directory on any filesystem that pyarrow.fs opens: whole files in, whole files out."""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from contextlib import suppress
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+
+from delve_ray.errors import OptionError
+
+_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_PASSWORD = re.compile(r"(://[^/@:]*):[^/@]*@")
+_HIDDEN = (".", "_")
+
+
+class Storage:
+    """A directory that a run writes into and readers read from.
+
+    `savefile` is a local path (made absolute; relative ones start at the working directory) or a URI that
+    `pyarrow.fs.FileSystem.from_uri` understands (`file://`, `s3://`, `gs://`, `hdfs://`, ...). With
+    `filesystem`, `savefile` is a path on that filesystem, as Ray's `storage_filesystem` has it. Nothing is
+    touched before the first call. Instances hold no open files and may be shared by threads.
+
+    Names handed to the methods are relative to the directory, with "/" between their parts. A name that
+    would leave the directory raises ValueError; what the filesystem refuses raises OSError.
+
+    Raises OptionError for a savefile that is empty, no path, or on a filesystem that pyarrow cannot open.
+
+    >>> import tempfile
+    >>> storage = Storage(tempfile.mkdtemp())
+    >>> storage.write_atomic("spectra/1.parquet", b"bytes")
+    >>> storage.list_files("spectra", ".parquet")
+    ['spectra/1.parquet']
+    """
+
+    def __init__(self, savefile: str | os.PathLike[str], filesystem: pafs.FileSystem | None = None) -> None:
+        if not isinstance(savefile, (str, os.PathLike)) or not os.fspath(savefile):
+            raise OptionError(f"savefile={savefile!r}: expected a local path or a URI such as s3://bucket/run")
+        text = os.fsdecode(savefile)
+        self._uri = _PASSWORD.sub(r"\1:***@", text)
+        if filesystem is not None:
+            self._filesystem, self._root = filesystem, text.rstrip("/") or text
+        elif _URI.match(text):
+            self._filesystem, self._root = self._open_uri(text)
+        else:
+            self._filesystem, self._root = pafs.LocalFileSystem(), text
+        if self.is_local:
+            self._root = self._uri = os.path.abspath(self._root)
+        self._made: set[str] = set()
+
+    def _open_uri(self, text: str) -> tuple[pafs.FileSystem, str]:
+        try:
+            filesystem, root = pafs.FileSystem.from_uri(text)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = str(error).replace(text, self._uri)
+            raise OptionError(
+                f"savefile={self._uri!r}: pyarrow cannot open this filesystem ({reason}); "
+                "use a local path, or a URI with a scheme that pyarrow.fs knows"
+            ) from error
+        return filesystem, root.rstrip("/") or root
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """The filesystem that holds the directory."""
+        return self._filesystem
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the directory lies on this machine's own filesystem."""
+        return isinstance(self._filesystem, pafs.LocalFileSystem)
+
+    @property
+    def local_path(self) -> str:
+        """The absolute local path; ValueError when the directory is not local."""
+        if not self.is_local:
+            raise ValueError(f"{self._uri} is not a local directory")
+        return self._root
+
+    @property
+    def uri(self) -> str:
+        """The path or URI for messages, with any password masked."""
+        return self._uri
+
+    def __repr__(self) -> str:
+        return f"Storage({self._uri!r})"
+
+    def path(self, relative: str = "") -> str:
+        """The path of `relative` on `filesystem`; "" is the directory itself.
+
+        >>> Storage("/runs/a").path("spectra/1.parquet")
+        '/runs/a/spectra/1.parquet'
+        """
+        if not relative:
+            return self._root
+        if "\0" in relative or any(part in ("", ".", "..") for part in relative.split("/")):
+            raise ValueError(f"{relative!r} is not a relative name inside {self._uri}")
+        return f"{self._root.rstrip('/')}/{relative}" if self._root else relative
+
+    def child(self, relative: str) -> Storage:
+        """The storage of a directory below this one."""
+        below = Storage(self.path(relative), filesystem=self._filesystem)
+        if not self.is_local:
+            base, mark, query = self._uri.partition("?")
+            below._uri = f"{base.rstrip('/')}/{relative}{mark}{query}"
+        return below
+
+    def prepare(self) -> None:
+        """Create the directory and prove that it is writable, by writing and removing a small file.
+
+        Raises OptionError with the path, the reason the system gave and the remedy.
+        """
+        probe = f".probe-{uuid.uuid4().hex}"
+        try:
+            self._filesystem.create_dir(self._root, recursive=True)
+            self.write_atomic(probe, b"delve_ray")
+            self.delete(probe)
+        except (OSError, pa.ArrowException) as error:
+            raise OptionError(
+                f"savefile={self._uri!r}: cannot write there ({error}); "
+                "choose a directory that this process may create files in"
+            ) from error
+
+    def write_atomic(self, relative: str, data: bytes | pa.Buffer) -> None:
+        """Write a file that appears whole or not at all, and replaces one of the same name.
+
+        Locally: a hidden temporary name in the same directory, fsync, rename, fsync of the directory; once
+        this returns the file survives a power cut. Elsewhere: one object, put by one stream, which object
+        stores (S3, GCS, Azure) show only when it is complete; a filesystem that shows files while they
+        grow (HDFS, NFS behind fsspec) may show a part for an instant.
+        """
+        path = self.path(relative)
+        if self.is_local:
+            _write_local(path, data)
+            return
+        parent = path.rpartition("/")[0]
+        if parent and parent not in self._made:  # asked for once: on an object store each time is a request
+            self._filesystem.create_dir(parent, recursive=True)
+            self._made.add(parent)
+        # compression=None: pyarrow would otherwise compress by the name's extension.
+        with self._filesystem.open_output_stream(path, compression=None) as stream:
+            stream.write(data)
+
+    def open_input(self, relative: str) -> pa.NativeFile:
+        """A file open for random access; FileNotFoundError when it is not there."""
+        return self._filesystem.open_input_file(self.path(relative))
+
+    def read_bytes(self, relative: str) -> bytes:
+        """The content of a file; FileNotFoundError when it is not there."""
+        with self.open_input(relative) as stream:
+            return bytes(stream.read())
+
+    def exists(self, relative: str = "") -> bool:
+        """Whether a file or directory is there; without a name, whether this directory is."""
+        info = self._filesystem.get_file_info(self.path(relative))
+        return bool(info.type != pafs.FileType.NotFound)
+
+    def list_files(self, relative_dir: str, suffix: str) -> list[str]:
+        """Sorted names, relative to the storage, of the files directly in `relative_dir` that end in `suffix`.
+
+        Names starting with "." or "_" are left out; a directory that is not there is an empty one.
+        """
+        names = [info.base_name for info in self._entries(relative_dir) if info.type == pafs.FileType.File]
+        prefix = f"{relative_dir}/" if relative_dir else ""
+        return sorted(prefix + name for name in names if name.endswith(suffix) and not name.startswith(_HIDDEN))
+
+    def list_directories(self, relative_dir: str = "") -> list[str]:
+        """Sorted names, relative to the storage, of the directories directly in `relative_dir`, but hidden ones."""
+        names = [info.base_name for info in self._entries(relative_dir) if info.type == pafs.FileType.Directory]
+        prefix = f"{relative_dir}/" if relative_dir else ""
+        return sorted(prefix + name for name in names if not name.startswith("."))
+
+    def _entries(self, relative_dir: str) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path(relative_dir), allow_not_found=True)
+        return list(self._filesystem.get_file_info(selector))
+
+    def delete(self, relative: str) -> None:
+        """Delete a file; that it is gone already is fine."""
+        with suppress(FileNotFoundError):
+            self._filesystem.delete_file(self.path(relative))
+
+
+def _write_local(path: str, data: bytes | pa.Buffer) -> None:
+    """Write through a temporary name; whatever goes wrong, nothing of it stays."""
+    parent, name = os.path.split(path)
+    os.makedirs(parent, exist_ok=True)
+    # The name is cut because the temporary one must fit into 255 bytes, too.
+    temporary = os.path.join(parent, f".{name[:32]}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    _sync_directory(parent)
+
+
+def _sync_directory(path: str) -> None:
+    """Make a rename durable. Where directories cannot be synced the file is still whole, so that is no error."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""TensorBoard: one scalar per metric key, and a histogram of every layer's eigenspectrum."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from delve_ray.errors import OptionError
+from delve_ray.schema import F64, PublishedWindow, metric_key, window_metrics
+from delve_ray.storage import Storage
+from delve_ray.writers.base import Scalar
+
+if TYPE_CHECKING:
+    from tensorboardX.event_file_writer import EventsWriter
+
+FINEST_BIN = 0.1
+"""Width of a histogram's bins in decades, where the spectrum leaves room for it."""
+MAX_BINS = 64
+"""Above this many bins their width is doubled; TensorBoard itself draws about 30."""
+
+
+class TensorBoardWriter:
+    """Writes final windows and user scalars to event files in `<savefile>/tensorboard`.
+
+    A final window becomes one event at its step and wall time, with a scalar for each entry of
+    `delve_ray.schema.window_metrics`, under its key, and per layer and phase a histogram of log10 of the
+    positive eigenvalues under `eigenspectrum/<phase>/<layer>` (none where no eigenvalue is positive).
+    Tags are the keys to the letter: layer names are not rewritten. Values are float32, as TensorBoard has
+    them: what exceeds 3.4e38 shows as infinite.
+
+    Live revisions (`final=False`) are left out, because they would put several points on one step. A
+    corrected final revision, or a restarted attempt that replays a step, adds a newer point on that step;
+    the Parquet files say which one holds.
+
+    Only for local directories: an event file grows, and object stores have no growing files. Raises
+    NotImplementedError for others, OptionError without the package tensorboardX, OSError when a write fails.
+    """
+
+    name = "tensorboard"
+
+    def __init__(self, storage: Storage) -> None:
+        if not storage.is_local:
+            raise NotImplementedError(
+                f"save_to='tensorboard' needs a local savefile, not savefile={storage.uri!r}: event files grow, and "
+                "only whole files can be put there; choose a local savefile or save_to='parquet'"
+            )
+        try:
+            from tensorboardX.proto import event_pb2
+        except ImportError as error:
+            raise OptionError(
+                f"save_to='tensorboard' needs the package tensorboardX ({error}): pip install tensorboardX"
+            ) from error
+        self._new_event = event_pb2.Event
+        self._directory = os.path.join(storage.local_path, "tensorboard")
+        self._file: EventsWriter | None = None
+
+    def write(self, window: PublishedWindow) -> None:
+        """Write a final window; a live one, or one without rows, leaves the files as they are."""
+        if not window.final or not window.rows:
+            return
+        event = self._event(window.step, window.wall_time.timestamp())
+        for key, value in window_metrics(window.rows).items():
+            event.summary.value.add(tag=key, simple_value=value)
+        for row in window.rows:
+            histogram = spectrum_histogram(row.eigenvalues)
+            if histogram is not None:
+                event.summary.value.add(tag=metric_key("eigenspectrum", row.phase, row.layer), histo=histogram)
+        self._append([event])
+
+    def write_scalars(self, scalars: list[Scalar]) -> None:
+        """Write user scalars under their own names."""
+        events = []
+        for scalar in scalars:
+            event = self._event(scalar.step, scalar.wall_time.timestamp())
+            event.summary.value.add(tag=scalar.name, simple_value=scalar.value)
+            events.append(event)
+        self._append(events)
+
+    def close(self) -> None:
+        """Close the event file; a later write would start a new one."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _event(self, step: int, wall_time: float) -> Any:
+        return self._new_event(step=step, wall_time=wall_time)
+
+    def _append(self, events: list[Any]) -> None:
+        """Append events and flush: when this returns, a reader sees them."""
+        if not events:
+            return
+        if self._file is None:
+            self._file = _open_events(self._directory)
+        try:
+            for event in events:
+                self._file.write_event(event)
+            self._file.flush()
+        except OSError:
+            # What follows a half-written record cannot be read: the next write starts a new file.
+            broken, self._file = self._file, None
+            with suppress(OSError):
+                broken.close()
+            raise
+
+
+def _open_events(directory: str) -> EventsWriter:
+    """A new event file in `directory`.
+
+    The class below SummaryWriter is used on purpose: SummaryWriter hands events to another thread, so that
+    its flush() may return before they are written, and rewrites tags. Its file names have a resolution of
+    one second and overwrite each other, so a suffix makes them unique, and sorts them by time of creation,
+    which is the order in which TensorBoard reads them.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+
+    os.makedirs(directory, exist_ok=True)
+    return EventsWriter(os.path.join(directory, "events"), f".{time.time_ns():020d}.{os.getpid()}")
+
+
+def spectrum_histogram(eigenvalues: F64) -> dict[str, Any] | None:
+    """log10 of the positive, finite eigenvalues as the fields of a TensorBoard histogram; None without any.
+
+    Bins start at multiples of their width, so that those of different steps line up. The width is
+    `FINEST_BIN` decades, doubled until at most `MAX_BINS` bins cover the spectrum.
+
+    >>> spectrum_histogram(np.array([10.0, 1.0, 1.0, 0.0]))["bucket"]
+    [2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
+    """
+    positive = eigenvalues[np.isfinite(eigenvalues) & (eigenvalues > 0)]
+    if positive.size == 0:
+        return None
+    decades: F64 = np.log10(positive)
+    width = FINEST_BIN
+    bins = _bin_numbers(decades, width)
+    while bins.max() - bins.min() >= MAX_BINS:
+        width *= 2
+        bins = _bin_numbers(decades, width)
+    counts = np.bincount(bins - bins.min())
+    right_edges = (bins.min() + 1 + np.arange(counts.size)) * width
+    return {
+        "min": float(decades.min()),
+        "max": float(decades.max()),
+        "num": float(decades.size),
+        "sum": float(decades.sum()),
+        "sum_squares": float(decades @ decades),
+        "bucket_limit": right_edges.tolist(),
+        "bucket": counts.tolist(),
+    }
+
+
+def _bin_numbers(decades: F64, width: float) -> npt.NDArray[np.int64]:
+    return np.floor(decades / width).astype(np.int64)

@@ -1,0 +1,56 @@
+"""Rows and windows as the store publishes them, small and with values that tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import numpy as np
+
+from delve_ray.schema import LayerRow, PublishedWindow
+from delve_ray.writers.base import Scalar
+
+START = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+HOSTILE_NAMES = ("../x", "<b>", "mean", "größe/层", "two words", "a/b", "/root", "a\nb", "%2e", "")
+
+
+def layer_row(layer: str = "conv1", phase: str = "train", **changes: Any) -> LayerRow:
+    values: dict[str, Any] = {
+        "layer": layer,
+        "layer_type": "Linear",
+        "phase": phase,
+        "features": 3,
+        "samples": 100,
+        "nonfinite_rows": 2,
+        "threshold": 0.99,
+        "stats": {"saturation": 2 / 3, "intrinsic_dimensionality": 2.0, "trace": 6.5},
+        "eigenvalues": np.array([4.0, 2.5, 0.0]),
+        "mean": np.array([3.0, 0.0, 4.0]),
+    }
+    return LayerRow(**(values | changes))
+
+
+def window(rows: Sequence[LayerRow] = (), **changes: Any) -> PublishedWindow:
+    values: dict[str, Any] = {
+        "run": "run",
+        "attempt": 0,
+        "window": 0,
+        "step": 0,
+        "revision": 0,
+        "final": True,
+        "workers": 4,
+        "world_size": 4,
+        "wall_time": START,
+        "rows": tuple(rows),
+    }
+    return PublishedWindow(**(values | changes))
+
+
+def scalar(name: str = "loss", value: float = 1.5, **changes: Any) -> Scalar:
+    values: dict[str, Any] = {"run": "run", "attempt": 0, "rank": 0, "step": 0, "wall_time": START}
+    return Scalar(name=name, value=value, **(values | changes))
+
+
+def later(seconds: float) -> datetime:
+    return START + timedelta(seconds=seconds)

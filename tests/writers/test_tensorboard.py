@@ -1,0 +1,189 @@
+import math
+import os
+import sys
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from delve_ray.errors import OptionError
+from delve_ray.schema import SCALAR_STATS, window_metrics
+from delve_ray.storage import Storage
+from delve_ray.writers.tensorboard import MAX_BINS, TensorBoardWriter, spectrum_histogram
+from tests.windows import HOSTILE_NAMES, START, later, layer_row, scalar, window
+
+
+@pytest.fixture
+def writer(tmp_path):
+    made = TensorBoardWriter(Storage(tmp_path))
+    yield made
+    made.close()
+
+
+def events(tmp_path):
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def points(accumulator, tag):
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def test_every_metric_under_its_key_with_step_and_time(tmp_path, writer):
+    windows = [
+        window(
+            [
+                layer_row("a", stats={name: 0.1 + i for i, name in enumerate(SCALAR_STATS)}),
+                layer_row("b", stats={"saturation": 0.3 + step}),
+                layer_row("a", "eval", stats={"saturation": 0.7}),
+            ],
+            step=step,
+            window=step,
+            wall_time=later(step),
+        )
+        for step in (0, 5)
+    ]
+    for each in windows:
+        writer.write(each)
+
+    read = events(tmp_path)
+    assert set(read.Tags()["scalars"]) == set(window_metrics(windows[0].rows))
+    for key, first in window_metrics(windows[0].rows).items():
+        second = window_metrics(windows[1].rows)[key]
+        assert points(read, key) == [(0, float(np.float32(first))), (5, float(np.float32(second)))]
+        assert [event.wall_time for event in read.Scalars(key)] == [START.timestamp(), START.timestamp() + 5]
+
+
+def test_values_that_are_not_finite(tmp_path, writer):
+    writer.write(window([layer_row("a", stats={"trace": math.nan, "condition_number": math.inf})]))
+
+    read = events(tmp_path)
+    assert math.isnan(read.Scalars("trace/train/a")[0].value)
+    assert read.Scalars("condition_number/train/a")[0].value == math.inf
+    assert "condition_number/train/mean" not in read.Tags()["scalars"]
+
+
+def test_the_eigenspectrum_as_a_histogram_of_decades(tmp_path, writer):
+    eigenvalues = np.array([1000.0, 10.5, 10.0, 1.0, 0.0])
+    writer.write(window([layer_row("a", "eval", eigenvalues=eigenvalues)], step=4))
+
+    (event,) = events(tmp_path).Histograms("eigenspectrum/eval/a")
+    histogram = event.histogram_value
+    assert event.step == 4
+    assert (histogram.min, histogram.max, histogram.num) == (0.0, 3.0, 4.0)
+    assert histogram.sum == pytest.approx(3 + 1 + math.log10(10.5))
+    assert histogram.sum_squares == pytest.approx(9 + 1 + math.log10(10.5) ** 2)
+    buckets = zip(histogram.bucket_limit, histogram.bucket, strict=True)
+    filled = {round(limit, 6): count for limit, count in buckets if count}
+    assert filled == {0.1: 1, 1.1: 2, 3.1: 1}  # right edges of bins one tenth of a decade wide
+
+
+@pytest.mark.parametrize("eigenvalues", [[], [0.0, 0.0], [math.nan, -1.0]])
+def test_no_histogram_without_a_positive_eigenvalue(tmp_path, writer, eigenvalues):
+    writer.write(window([layer_row("a", eigenvalues=np.array(eigenvalues, np.float64))]))
+
+    tags = events(tmp_path).Tags()
+    assert tags["histograms"] == []
+    assert "saturation/train/a" in tags["scalars"]
+
+
+@pytest.mark.parametrize("decades", [0, 1, 6.35, 6.5, 16, 600])
+def test_bins_count_every_eigenvalue_and_line_up(decades):
+    values = 10.0 ** np.random.default_rng(0).uniform(-decades / 2, decades / 2, 1000)
+    histogram = spectrum_histogram(values)
+    limits, counts = np.array(histogram["bucket_limit"]), np.array(histogram["bucket"])
+
+    assert counts.sum() == histogram["num"] == 1000
+    assert 1 <= counts.size <= MAX_BINS
+    width = 0.1
+    while not np.isclose(limits[0] / width, round(limits[0] / width)) or (
+        counts.size > 1 and not np.isclose(np.diff(limits), width).all()
+    ):
+        width *= 2
+        assert width < 100
+    logs = np.log10(values)
+    assert limits[0] - width <= logs.min() < limits[0] + 1e-9
+    assert limits[-1] - width - 1e-9 <= logs.max() <= limits[-1] + 1e-9
+    for limit, below in zip(limits, np.cumsum(counts), strict=True):
+        assert below == np.count_nonzero(logs < limit)
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_tags_are_the_keys_to_the_letter(tmp_path, writer, name):
+    row = layer_row(name, stats={"saturation": 0.5})
+    writer.write(window([row]))
+    writer.write_scalars([scalar(name or "x", 2.0, step=9)])
+
+    read = events(tmp_path)
+    shown = "layer:mean" if name == "mean" else name
+    assert set(read.Tags()["scalars"]) == {f"saturation/train/{shown}", "saturation/train/mean", name or "x"}
+    assert read.Tags()["histograms"] == [f"eigenspectrum/train/{shown}"]
+    assert points(read, name or "x") == [(9, 2.0)]
+
+
+def test_live_revisions_are_left_out(tmp_path, writer):
+    writer.write(window([layer_row()], final=False))
+    writer.write(window([], final=True))
+    assert not (tmp_path / "tensorboard").exists()
+
+    writer.write(window([layer_row(stats={"saturation": 0.5})], revision=1))
+    assert points(events(tmp_path), "saturation/train/conv1") == [(0, 0.5)]
+
+
+def test_a_correction_is_a_newer_point_on_its_step(tmp_path, writer):
+    for revision, value in enumerate((0.5, 0.25)):
+        row = layer_row(stats={"saturation": value})
+        writer.write(window([row], step=3, revision=revision, wall_time=later(revision)))
+
+    assert points(events(tmp_path), "saturation/train/conv1") == [(3, 0.5), (3, 0.25)]
+
+
+def test_a_reader_sees_everything_when_a_call_returns(tmp_path, writer):
+    for step in range(50):
+        writer.write(window([layer_row(stats={"saturation": step / 64})], step=step, window=step))
+        writer.write_scalars([scalar(value=step, step=step * 10)])
+        if step % 10 == 0:
+            assert points(events(tmp_path), "saturation/train/conv1")[-1] == (step, step / 64)
+            assert points(events(tmp_path), "loss")[-1] == (step * 10, step)
+    assert len(points(events(tmp_path), "loss")) == 50
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_writers_started_in_the_same_second_keep_their_files(tmp_path):
+    for step in range(5):
+        writer = TensorBoardWriter(Storage(tmp_path))
+        writer.write_scalars([scalar(value=step, step=step)])
+        writer.close()
+        writer.close()
+
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 5
+    assert points(events(tmp_path), "loss") == [(step, step) for step in range(5)]
+
+
+def test_after_a_failed_write_the_next_goes_to_a_new_file(tmp_path, writer, monkeypatch):
+    writer.write_scalars([scalar(step=0)])
+    fsync = os.fsync
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        writer.write_scalars([scalar(step=1)])
+    monkeypatch.setattr(os, "fsync", fsync)
+    writer.write_scalars([scalar(step=2)])
+
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert points(events(tmp_path), "loss")[-1] == (2, 1.5)
+
+
+def test_only_local_directories():
+    with pytest.raises(NotImplementedError, match="save_to='tensorboard' needs a local savefile, not savefile='mock:"):
+        TensorBoardWriter(Storage("mock:///bucket/run"))
+
+
+def test_without_its_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboardX.proto", None)
+    with pytest.raises(OptionError, match="pip install tensorboardX"):
+        TensorBoardWriter(Storage(tmp_path))
