@@ -1,0 +1,125 @@
+"""Finding out who this worker is and where its store is."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed
+
+from delve_ray.errors import OptionError, StoreError
+from delve_ray.integrations.ray_train import current_worker, resolve_savefile
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.protocol import Source, Store, StoreConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """A worker's place: the run, its rank of world_size, the attempt's token, and where the files go."""
+
+    run: str
+    rank: int
+    world_size: int
+    token: str
+    savefile: str
+    on_ray: bool
+
+    def source(self) -> Source:
+        """This worker as the store knows it."""
+        return Source(self.run, self.token, self.rank, uuid.uuid4().hex, socket.gethostname(), os.getpid())
+
+
+def ray_is_running() -> bool:
+    """Whether this process is connected to a Ray cluster; never imports Ray."""
+    ray = sys.modules.get("ray")
+    return ray is not None and bool(getattr(ray, "is_initialized", lambda: False)())
+
+
+def identify(
+    savefile: object, run: str | None, rank: int | None, world_size: int | None, settings: StoreConfig | None = None
+) -> Identity:
+    """Who this worker is: what the user says, else Ray Train, else torch.distributed, else the only one.
+
+    `settings` are those of a store that was given; what the user leaves out is taken from there.
+    Raises OptionError for a savefile that is no path, a rank outside the world, and ranks that could not meet.
+    """
+    if settings is not None:
+        savefile = settings.savefile if savefile is None else savefile
+        run, world_size = run or settings.run, _or(world_size, settings.world_size)
+    if not isinstance(savefile, str | os.PathLike) or not os.fspath(savefile):
+        raise OptionError(f"savefile={savefile!r} must be a path or a URI for the run's files")
+    path = os.fspath(savefile)
+    worker = current_worker()
+    token = ""
+    if worker is not None:
+        path = resolve_savefile(path, worker)
+        token = worker.token
+        run, rank, world_size = run or worker.run, _or(rank, worker.rank), _or(world_size, worker.world_size)
+    elif torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank = _or(rank, torch.distributed.get_rank())
+        world_size = _or(world_size, torch.distributed.get_world_size())
+    rank, world_size = _or(rank, 0), _or(world_size, 1)
+    for name, value, least in (("world_size", world_size, 1), ("rank", rank, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise OptionError(f"{name}={value!r} must be an integer, at least {least}")
+    if rank >= world_size:
+        raise OptionError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
+    if "://" not in path:
+        path = os.path.abspath(path)
+    on_ray = ray_is_running()
+    if run is None:
+        if world_size > 1:
+            raise OptionError(
+                f"run=None with world_size={world_size}: give all ranks the same run= so that they meet in one store"
+            )
+        # Alone, a run needs no name that others could guess; a second one must not join the first by accident.
+        run = os.path.basename(path.rstrip("/")) + (f"-{uuid.uuid4().hex[:8]}" if on_ray else "")
+    if not isinstance(run, str) or not run:
+        raise OptionError(f"run={run!r} must be a non-empty string, the same in every worker of the run")
+    return Identity(run, rank, world_size, token, path, on_ray)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def join(identity: Identity, config: StoreConfig) -> Store:
+    """The store of a run that none was given for: an actor in the Ray cluster, else one in this process.
+
+    On Ray, rank 0 starts the actor, on its own node, where a local savefile lies; the others wait for it.
+    """
+    if not identity.on_ray:
+        if identity.world_size > 1:
+            raise OptionError(
+                f"world_size={identity.world_size} without Ray: call ray.init() before the tracker, in every rank and "
+                f"with the address of one cluster, or give a tracker to rank 0 alone, with world_size=1"
+            )
+        return CovarianceStore(config)
+    from delve_ray.store import actor
+
+    handle = actor.start(config) if identity.rank == 0 else actor.find(identity.run, actor.FIND_TIMEOUT_S)
+    return actor.RemoteStore(handle)
+
+
+def given_store(store: Any) -> Store:
+    """What the option `store` names: a store in this process, or the handle of an actor."""
+    if isinstance(store, CovarianceStore):
+        return store
+    if not hasattr(store, "take"):
+        raise OptionError(f"store={store!r} is neither a CovarianceStore nor the handle that start_store() returns")
+    from delve_ray.store import actor
+
+    return actor.RemoteStore(store)
+
+
+def abandon(store: Store) -> None:
+    """After a failed registration: end a store that nobody has joined."""
+    try:
+        if store.status()["attempt"] < 0:
+            store.end()
+    except StoreError:
+        pass  # it has ended already

@@ -1,0 +1,69 @@
+"""Who this process is, when it is a Ray Train worker.
+
+The only file that looks into Ray Train. `get_storage` is a developer API of Ray: a test notices when it changes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TrainWorker:
+    """A worker of a Ray Train run. `token` is the same for all workers of one attempt and new in the next."""
+
+    run: str
+    rank: int
+    world_size: int
+    token: str
+    storage_path: str
+    storage_filesystem: Any
+
+
+def current_worker() -> TrainWorker | None:
+    """This process's place in a Ray Train run, None outside of one.
+
+    Ray Train gives attempts no public number. Each attempt's worker group gets a placement group of its own,
+    which all of its workers are in: its id tells attempts apart without a barrier.
+    """
+    if "ray.train" not in sys.modules:  # a worker has imported it; nobody else should pay for it
+        return None
+    import ray.train
+    import ray.util
+
+    try:
+        with warnings.catch_warnings():
+            # Inside a Tune function there is a context, too, with a deprecation warning: not a Train worker.
+            warnings.simplefilter("error", DeprecationWarning)
+            context: Any = ray.train.get_context()
+            rank, world_size = int(context.get_world_rank()), int(context.get_world_size())
+    except (RuntimeError, DeprecationWarning):
+        return None
+    group = ray.util.get_current_placement_group()
+    storage = context.get_storage()
+    return TrainWorker(
+        run=str(context.get_experiment_name()),
+        rank=rank,
+        world_size=world_size,
+        token="" if group is None else str(group.id.hex()),
+        storage_path=str(storage.experiment_fs_path),
+        storage_filesystem=storage.storage_filesystem,
+    )
+
+
+def resolve_savefile(savefile: str, worker: TrainWorker) -> str:
+    """A savefile as seen from a Train worker: a relative one lies in the run's directory under its storage_path.
+
+    A worker's working directory is inside Ray's session folder, which nobody finds again.
+    """
+    if "://" in savefile or os.path.isabs(savefile):
+        return savefile
+    if type(worker.storage_filesystem).__name__ != "LocalFileSystem":
+        raise NotImplementedError(
+            f"savefile={savefile!r} is relative and the run's storage_path not local; give an absolute path or a URI"
+        )
+    return os.path.join(worker.storage_path, savefile)

@@ -1,0 +1,227 @@
+"""The sender: a thread per worker that takes what was recorded to the store, so that training never does.
+
+The training thread only swaps accumulators (`close_window`). The sender waits for the device, packs all
+layers of a delta into one float64 buffer, and sends one delta at a time; meanwhile the rest goes on merging
+on the device. A range that was sent never changes: a delta is repeated as it is until the store has it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.layers import TrackedLayer
+from delve_ray.moments import F64
+from delve_ray.recorder import Harvest, Recorder
+from delve_ray.schema import PHASES
+from delve_ray.store.protocol import Ack, Delta, Source, Store, moments_size
+from delve_ray.writers.base import Scalar
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_S = 5.0
+"""Sign of life, and refresh of the metrics that `metrics(wait=False)` answers from."""
+RETRY_S = (0.1, 5.0)
+"""First and longest pause before a delta is offered again to a store that did not answer."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What one delta will carry: harvested, not yet packed."""
+
+    window: int
+    step: int
+    closes: bool
+    harvest: Harvest
+
+
+class Shipper:
+    """Sends one worker's deltas to a store.
+
+    Memory: the accumulators of one delta and its buffer; a closed window that waits for the one before it
+    keeps its accumulators. The methods may be called from any thread and do not wait, but for those that
+    take a timeout.
+    """
+
+    def __init__(
+        self, store: Store, source: Source, attempt: int, recorder: Recorder, *, publish_every: float, first_step: int
+    ) -> None:
+        self.store = store
+        self.source = source
+        self.attempt = attempt
+        self.recorder = recorder
+        self.publish_every = publish_every
+        self.windows = 0
+        self.metrics: dict[str, float] = {}
+        self.lost: str | None = None
+        self._next_step = first_step
+        self._seq = 0
+        self._queue: deque[_Pending] = deque()
+        self._scalars: list[Scalar] = []
+        self._busy = False
+        self._stopping = False
+        self._fetched = 0
+        # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
+        self._state = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="delve_ray-sender", daemon=True)
+        self._thread.start()
+
+    # --- called by the training --------------------------------------------------------------------------------
+
+    def close_window(self, step: int) -> None:
+        """Close the window: hand over what was recorded since the last delta. Returns at once."""
+        with self._state:
+            self._queue.append(_Pending(self.windows, step, True, self.recorder.harvest(end_of_window=True)))
+            self.windows += 1
+            self._next_step = step + 1
+            self._state.notify_all()
+
+    def queue_live(self) -> None:
+        """Hand over what was recorded so far without closing the window. Returns at once."""
+        with self._state:
+            self._queue_live()
+            self._state.notify_all()
+
+    def add_scalar(self, scalar: Scalar) -> None:
+        """Queue a user scalar. Returns at once."""
+        with self._state:
+            self._scalars.append(scalar)
+            self._state.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until all that is queued is in the store; False when that takes longer."""
+        with self._state:
+            return self._state.wait_for(lambda: self._idle() or self.lost is not None, timeout) and self.lost is None
+
+    def stop(self, timeout: float) -> bool:
+        """Send what is queued and end the thread; False when something could not be sent in time."""
+        sent = self.flush(timeout)
+        with self._state:
+            self._stopping = True
+            self._state.notify_all()
+        self._thread.join(max(0.1, min(timeout, 2 * RETRY_S[1])))
+        return sent
+
+    def undelivered(self) -> str:
+        """In words, what is still here."""
+        with self._state:
+            steps = sorted({item.step for item in self._queue if item.closes})
+            return f"windows of steps {steps}, {len(self._scalars)} scalars" if steps or self._scalars else "nothing"
+
+    # --- the sender's thread -----------------------------------------------------------------------------------
+
+    def _idle(self) -> bool:
+        return not self._queue and not self._scalars and not self._busy
+
+    def _run(self) -> None:
+        next_live = time.monotonic() + self.publish_every if self.publish_every else float("inf")
+        next_heartbeat = time.monotonic() + HEARTBEAT_S
+        while True:
+            with self._state:
+                wake_at = min(next_live, next_heartbeat)
+                self._state.wait_for(
+                    lambda: self._stopping or self._queue or self._scalars, max(0.0, wake_at - time.monotonic())
+                )
+                if self._stopping:
+                    return
+                if not self._queue and time.monotonic() >= next_live:
+                    self._queue_live()
+                    next_live = time.monotonic() + self.publish_every
+                item = self._queue[0] if self._queue else None
+                scalars, self._scalars = self._scalars, []
+                self._busy = bool(item or scalars)
+            self._work(item, scalars)
+            with self._state:
+                if item is not None:
+                    self._queue.popleft()
+                self._busy = False
+                self._state.notify_all()
+            if item is not None or time.monotonic() >= next_heartbeat:
+                self._heartbeat()
+                next_heartbeat = time.monotonic() + HEARTBEAT_S
+
+    def _queue_live(self) -> None:
+        harvest = self.recorder.harvest(end_of_window=False)
+        if harvest:
+            self._queue.append(_Pending(self.windows, self._next_step, False, harvest))
+
+    def _work(self, item: _Pending | None, scalars: list[Scalar]) -> None:
+        if self.lost is not None:
+            return  # said once, where it was lost
+        try:
+            if item is not None:
+                delta, buffer = self._pack(item)
+                self._persist(lambda: self.store.take(delta, buffer))
+                self._seq += 1
+            if scalars:
+                self._persist(lambda: self.store.add_scalars(scalars))
+        except Exception as error:  # the training goes on, whatever happens here
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _lose(self, why: str) -> None:
+        with self._state:
+            self.lost = why
+            self._state.notify_all()
+        log.error("rank %d of run %s cannot deliver its moments: %s", self.source.rank, self.source.run, why)
+
+    def _pack(self, item: _Pending) -> tuple[Delta, F64]:
+        """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
+        layers = self.recorder.layers
+        keys = sorted(item.harvest)
+        buffer = np.empty(sum(moments_size(layers[index].features) for index, _ in keys))
+        entries = []
+        start = 0
+        for index, phase in keys:
+            size = moments_size(layers[index].features)
+            n, nonfinite = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
+            start += size
+            entries.append((index, phase, n, nonfinite))
+        _warn_nonfinite(layers, entries, item.step)
+        return Delta(self.source, self.attempt, self._seq, item.window, item.step, item.closes, tuple(entries)), buffer
+
+    def _persist(self, call: Callable[[], object]) -> None:
+        """Repeat a call until the store answers; a refusal is final, silence is not."""
+        pause, longest = RETRY_S
+        while True:
+            try:
+                call()
+                return
+            except StoreError as error:
+                if self._stopping or error.final:
+                    raise
+                log.warning(
+                    "rank %d: the store does not answer (%s); trying again in %.1f s", self.source.rank, error, pause
+                )
+            with self._state:
+                self._state.wait_for(lambda: self._stopping, pause)
+            pause = min(2 * pause, longest)
+
+    def _heartbeat(self) -> None:
+        """Say that this worker lives; fetch the metrics when a new window has been published."""
+        try:
+            ack: Ack = self.store.heartbeat(self.source)
+            if ack.published != self._fetched:
+                self.metrics = dict(self.store.progress().metrics)
+                self._fetched = ack.published
+        except DelveRayError as error:
+            log.debug("heartbeat: %s", error)
+
+
+def _warn_nonfinite(layers: Sequence[TrackedLayer], entries: Sequence[tuple[int, int, int, int]], step: int) -> None:
+    for index, phase, n, nonfinite in entries:
+        if nonfinite:
+            log.warning(
+                "layer %s, %s, step %d: %d of %d rows are not finite and were left out",
+                layers[index].name,
+                PHASES[phase],
+                step,
+                nonfinite,
+                nonfinite + n,
+            )

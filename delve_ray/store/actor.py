@@ -1,0 +1,243 @@
+"""The store as a Ray actor, and how workers, drivers and tools reach it.
+
+The actor is detached, takes no resources, and has a name made of the run's in a namespace of its own, so that
+every process of the cluster that knows the run finds it. Intake, control and questions run in concurrency
+groups of their own: a question is answered while a delta is merged, and publishing has its own thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    RayActorError,
+    RayTaskError,
+)
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.moments import F64
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.writers.base import Scalar
+
+log = logging.getLogger(__name__)
+
+NAMESPACE = "delve_ray"
+"""Ray namespace of all stores; workers would otherwise look in their driver's, which is random."""
+CALL_TIMEOUT_S = 60.0
+"""Deadline of one call to the store; the sender repeats, a question fails."""
+FIND_TIMEOUT_S = 60.0
+"""How long a rank other than 0 waits for rank 0 to start the store."""
+LINGER_S = 30.0
+"""How long a finished store answers questions before it ends by itself, if nobody ends it."""
+
+
+class StoreActor:
+    """A `CovarianceStore` in a process of its own. Its methods are those of `protocol.Store` and of the store."""
+
+    def __init__(self, config: StoreConfig) -> None:
+        self._store = CovarianceStore(config)
+        threading.Thread(target=self._end_when_finished, name="delve_ray-reaper", daemon=True).start()
+
+    def settings(self) -> StoreConfig:
+        """See `protocol.Store.settings`."""
+        return self._store.settings()
+
+    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+        """See `protocol.Store.register`."""
+        return self._store.register(source, config, layers)
+
+    def take(self, delta: Delta, buffer: F64) -> Ack:
+        """See `protocol.Store.take`. The buffer is a view of Ray's object store; it is read, never kept."""
+        return self._store.take(delta, buffer)
+
+    def heartbeat(self, source: Source) -> Ack:
+        """See `protocol.Store.heartbeat`."""
+        return self._store.heartbeat(source)
+
+    def add_scalars(self, scalars: list[Scalar]) -> None:
+        """See `protocol.Store.add_scalars`."""
+        self._store.add_scalars(scalars)
+
+    def progress(self) -> Progress:
+        """See `protocol.Store.progress`."""
+        return self._store.progress()
+
+    def leave(self, source: Source, *, completed: bool) -> Ack:
+        """See `protocol.Store.leave`."""
+        return self._store.leave(source, completed=completed)
+
+    def covariance(self, layer: str, phase: str) -> F64:
+        """See `CovarianceStore.covariance`."""
+        return self._store.covariance(layer, phase)
+
+    def spectrum(self, layer: str, phase: str) -> F64:
+        """See `CovarianceStore.spectrum`."""
+        return self._store.spectrum(layer, phase)
+
+    def status(self) -> dict[str, Any]:
+        """See `CovarianceStore.status`."""
+        return self._store.status() | {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+    def flush(self, timeout: float) -> bool:
+        """See `CovarianceStore.flush`."""
+        return self._store.flush(timeout)
+
+    def _end_when_finished(self) -> None:
+        """A detached actor lives until somebody ends it; when all workers were stopped, it must do so itself."""
+        me = ray.get_runtime_context().current_actor
+        while not self._store.finished:
+            time.sleep(1.0)
+        time.sleep(LINGER_S)
+        ray.kill(me, no_restart=True)
+
+
+_GROUPS = {
+    "intake": ("take",),
+    "control": ("register", "leave", "add_scalars"),
+    "query": ("settings", "heartbeat", "progress", "covariance", "spectrum", "status"),
+    "wait": ("flush",),
+}
+_GROUP_THREADS = {"intake": 1, "control": 1, "query": 2, "wait": 2}
+
+
+@lru_cache(maxsize=1)
+def _remote_class() -> Any:
+    """The actor class, with each method in its concurrency group."""
+    for group, methods in _GROUPS.items():
+        for name in methods:
+            setattr(StoreActor, name, ray.method(concurrency_group=group)(getattr(StoreActor, name)))
+    remote: Any = ray.remote  # its type knows no concurrency groups
+    return remote(num_cpus=0, max_restarts=0, concurrency_groups=_GROUP_THREADS)(StoreActor)
+
+
+def actor_name(run: str) -> str:
+    """Name of a run's store in the namespace `NAMESPACE`."""
+    return f"store/{run}"
+
+
+def start(config: StoreConfig) -> Any:
+    """Start the store of a run, or find it; on this node as long as there is room, since the files lie here.
+
+    Outside the placement group of the caller, so that it takes nothing from a trial or a worker group, and
+    detached, so that it outlives the worker that happens to start it.
+    """
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    return (
+        _remote_class()
+        .options(
+            name=actor_name(config.run),
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            scheduling_strategy=here,
+        )
+        .remote(config)
+    )
+
+
+def find(run: str, timeout: float = 0.0) -> Any:
+    """The handle of a run's store; waits up to `timeout` seconds for it. Raises StoreError."""
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            return ray.get_actor(actor_name(run), namespace=NAMESPACE)
+        except ValueError:
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"run {run!r} has no store in this Ray cluster (waited {timeout:.0f} s); its first tracker starts "
+                    f"one on rank 0, delve_ray.start_store() does so from a driver, and it ends with the run"
+                ) from None
+            time.sleep(0.1)
+
+
+class RemoteStore:
+    """A store behind its actor, as a worker's sender sees it: `protocol.Store`, every call with a deadline."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def settings(self) -> StoreConfig:
+        """See `protocol.Store.settings`."""
+        settings: StoreConfig = self._call("settings")
+        return settings
+
+    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+        """See `protocol.Store.register`."""
+        welcome: Welcome = self._call("register", source, config, layers)
+        return welcome
+
+    def take(self, delta: Delta, buffer: F64) -> Ack:
+        """See `protocol.Store.take`."""
+        ack: Ack = self._call("take", delta, buffer)
+        return ack
+
+    def heartbeat(self, source: Source) -> Ack:
+        """See `protocol.Store.heartbeat`."""
+        ack: Ack = self._call("heartbeat", source)
+        return ack
+
+    def add_scalars(self, scalars: list[Scalar]) -> None:
+        """See `protocol.Store.add_scalars`."""
+        self._call("add_scalars", scalars)
+
+    def progress(self) -> Progress:
+        """See `protocol.Store.progress`."""
+        progress: Progress = self._call("progress")
+        return progress
+
+    def leave(self, source: Source, *, completed: bool) -> Ack:
+        """See `protocol.Store.leave`."""
+        ack: Ack = self._call("leave", source, completed=completed)
+        return ack
+
+    def status(self) -> dict[str, Any]:
+        """See `CovarianceStore.status`."""
+        status: dict[str, Any] = self._call("status")
+        return status
+
+    def flush(self, timeout: float) -> bool:
+        """See `CovarianceStore.flush`."""
+        return bool(self._call("flush", timeout, call_timeout=timeout + CALL_TIMEOUT_S))
+
+    def wait_finished(self, timeout: float) -> bool:
+        """Wait until everything is published and written after the last `leave`."""
+        deadline = time.monotonic() + timeout
+        pause = 0.02
+        while not self.progress().finished:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(0.5, 2 * pause)
+        return True
+
+    def end(self) -> None:
+        """End the actor; its run has finished and its files are written."""
+        ray.kill(self.handle, no_restart=True)
+
+    def _call(self, method: str, *args: Any, call_timeout: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
+        """Call and wait; what the store raises comes out as itself, Ray's own troubles as StoreError."""
+        try:
+            return ray.get(getattr(self.handle, method).remote(*args, **kwargs), timeout=call_timeout)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, DelveRayError | NotImplementedError | KeyError):
+                raise cause from None
+            raise StoreError(f"the store failed in {method}: {cause!r}", final=True) from error
+        except ActorUnavailableError as error:
+            raise StoreError(f"the store is unavailable: {error}") from error
+        except (ActorDiedError, RayActorError) as error:
+            raise StoreError(f"the store's process has ended: {error}", final=True) from error
+        except GetTimeoutError:
+            raise StoreError(f"the store did not answer {method} within {call_timeout:.0f} s") from None

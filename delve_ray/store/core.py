@@ -1,0 +1,372 @@
+"""The covariance store: a plain thread-safe class, used in-process and behind the Ray actor.
+
+Deltas are merged under a lock per layer; bookkeeping is done under one lock that is never held while merging,
+decomposing or writing. The publisher's thread turns complete windows (and, every `publish_every` seconds, open
+ones) into rows; each writer has a thread of its own behind it.
+
+Memory: 4d² bytes per layer and phase of each open window, and 4d² more for the last published window, which
+answers `covariance` and `spectrum`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from delve_ray import spectrum
+from delve_ray.errors import DeltaRefused, OptionError, RegistrationError, StoreError
+from delve_ray.moments import F64, unpack_triangle
+from delve_ray.schema import PHASES
+from delve_ray.storage import Storage
+from delve_ray.store.description import describe_run, layer_difference
+from delve_ray.store.protocol import SAME_FOR_ALL, Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.publisher import Latest, Publisher
+from delve_ray.store.window import Job, Window, check_delta
+from delve_ray.writers import make_writers
+from delve_ray.writers.base import Scalar, Writer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Member:
+    """A registered source and what the store has of it."""
+
+    source: Source
+    next_seq: int = 0
+    next_window: int = 0
+    heard: float = field(default_factory=time.monotonic)
+    left: bool = False
+    # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class CovarianceStore:
+    """Merges the moments of all workers of one run in float64 and publishes each window when it is complete.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> config = StoreConfig(run="doc", savefile=tempfile.mkdtemp() + "/doc", world_size=1)
+        >>> store = CovarianceStore(config)
+        >>> source = Source("doc", token="", rank=0, source="a", host="localhost", pid=1)
+        >>> store.register(source, config, [LayerInfo("fc", "Linear", 1)])
+        Welcome(attempt=0)
+        >>> delta = Delta(source, attempt=0, seq=0, window=0, step=0, closes=True, entries=((0, 0, 4, 0),))
+        >>> store.take(delta, np.array([1.5, 8.0])).merged   # mean, scatter
+        True
+        >>> store.leave(source, completed=True).finished, store.wait_finished(10)
+        (True, True)
+        >>> store.covariance("fc", "train")
+        array([[2.]])
+    """
+
+    def __init__(self, config: StoreConfig, *, writers: Sequence[Writer] | None = None) -> None:
+        self.config = config
+        self._given_writers = writers
+        self._layers: list[LayerInfo] = []
+        self._attempt = -1
+        self._token: str | None = None
+        self._members: dict[int, _Member] = {}
+        self._windows: dict[int, Window] = {}
+        self._refused = 0
+        self._ending = False
+        self._next_live = time.monotonic() + config.publish_every
+        self._publisher: Publisher | None = None
+        self._lock = threading.RLock()
+
+    # --- who takes part --------------------------------------------------------------------------------------
+
+    def settings(self) -> StoreConfig:
+        """How the run is published."""
+        return self.config
+
+    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+        """Join the run. See `protocol.Store.register`."""
+        with self._lock:
+            self._check_member(source, config, layers)
+            if self._publisher is None:
+                self._open(layers)
+            if self._token != source.token:
+                self._begin_attempt(source.token)
+            self._members[source.rank] = _Member(source)
+            return Welcome(self._attempt)
+
+    def _check_member(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
+        run = self.config.run
+        if self._ending:
+            raise RegistrationError(f"run {run!r} has ended; choose another run name to start a new one")
+        for name in SAME_FOR_ALL:
+            mine, theirs = getattr(self.config, name), getattr(config, name)
+            if mine != theirs:
+                raise RegistrationError(
+                    f"rank {source.rank} brings {name}={theirs!r}, but run {run!r} has {name}={mine!r}; "
+                    f"give every worker of a run the same options, or another run name"
+                )
+        if not 0 <= source.rank < self.config.world_size:
+            raise RegistrationError(f"rank={source.rank} is not in 0 … {self.config.world_size - 1} of run {run!r}")
+        if self._layers and list(layers) != self._layers:
+            raise RegistrationError(
+                f"run {run!r} exists with other layers: {layer_difference(self._layers, layers)}; "
+                f"give this run another name, or track the same model in every worker"
+            )
+        member = self._members.get(source.rank)
+        if member is not None and self._token == source.token:
+            held = "has already left" if member.left else "is tracked already"
+            raise RegistrationError(
+                f"rank {source.rank} of run {run!r} {held} (by pid {member.source.pid} on {member.source.host}); "
+                f"give each worker its own rank=, and each training its own run="
+            )
+
+    def _open(self, layers: Sequence[LayerInfo]) -> None:
+        """Prepare the savefile and start publishing; on an error nothing has been started."""
+        if not self.config.save_to:
+            writers: Sequence[Writer] = ()
+        elif self._given_writers is not None:
+            writers = self._given_writers
+        else:
+            storage = Storage(self.config.savefile)
+            storage.prepare()
+            if storage.exists("run.json"):
+                raise OptionError(
+                    f"savefile={self.config.savefile!r} holds a run already; choose another savefile or remove that one"
+                )
+            writers = make_writers(self.config.save_to, storage)
+            storage.write_atomic("run.json", describe_run(self.config, layers))
+        self._layers = list(layers)
+        self._publisher = Publisher(self.config, layers, writers, self._due_windows)
+
+    def _begin_attempt(self, token: str) -> None:
+        """All workers were started anew: publish what the last attempt left open and begin at window 0."""
+        if self._windows:
+            open_windows = [self._windows[ordinal] for ordinal in sorted(self._windows)]
+            self._running().submit([window.job(self._attempt, final=True) for window in open_windows])
+        self._attempt += 1
+        self._token = token
+        self._members, self._windows = {}, {}
+
+    def heartbeat(self, source: Source) -> Ack:
+        """Say that the source is alive."""
+        with self._lock:
+            self._member(source).heard = time.monotonic()
+            return self._ack()
+
+    def leave(self, source: Source, *, completed: bool) -> Ack:
+        """Deregister. A rank that completed counts as having closed all further windows, without rows.
+
+        Without `completed` (the worker ends by an exception) the run stays open for a next attempt.
+        """
+        with self._lock:
+            member = self._member(source)
+            member.left = member.left or completed
+            if completed:
+                for window in list(self._windows.values()):
+                    self._complete_if_closed(window)
+                if sum(m.left for m in self._members.values()) == self.config.world_size:
+                    self._finish()
+            return self._ack()
+
+    def _member(self, source: Source) -> _Member:
+        member = self._members.get(source.rank)
+        if member is None or member.source != source:
+            raise DeltaRefused(
+                f"rank {source.rank} (pid {source.pid} on {source.host}) is not registered in attempt {self._attempt} "
+                f"of run {self.config.run!r}: a later attempt has begun, or the store was started anew"
+            )
+        return member
+
+    def _ack(self, *, merged: bool = True) -> Ack:
+        return Ack(published=self._running().published(self._attempt), merged=merged, finished=self._ending)
+
+    # --- deltas ----------------------------------------------------------------------------------------------
+
+    def take(self, delta: Delta, buffer: F64) -> Ack:
+        """Merge a delta once. See `protocol.Store.take`."""
+        try:
+            return self._take(delta, buffer)
+        except DeltaRefused:
+            with self._lock:
+                self._refused += 1
+            raise
+
+    def _take(self, delta: Delta, buffer: F64) -> Ack:
+        with self._lock:
+            member = self._member(delta.source)
+            member.heard = time.monotonic()
+            if delta.attempt != self._attempt:
+                raise DeltaRefused(
+                    f"a delta of attempt {delta.attempt}, but run {self.config.run!r} is at {self._attempt}"
+                )
+        with member.lock:
+            if delta.seq < member.next_seq:
+                with self._lock:
+                    return self._ack(merged=False)
+            if delta.seq > member.next_seq:
+                raise DeltaRefused(
+                    f"delta {delta.seq} of rank {delta.source.rank} came before delta {member.next_seq}; send in order"
+                )
+            check_delta(delta, buffer, self._layers)
+            with self._lock:
+                window = self._window(delta, member)
+                entries = [window.entry(i, phase, self._layers[i].features) for i, phase, _, _ in delta.entries]
+            start = 0
+            for entry, (_, _, n, nonfinite) in zip(entries, delta.entries, strict=True):
+                size = entry.total.features + entry.total.packed.shape[0]
+                entry.add(n, nonfinite, buffer[start : start + size])
+                start += size
+            with self._lock:
+                member.next_seq += 1
+                window.changed = True
+                if delta.closes:
+                    member.next_window = delta.window + 1
+                    window.closed.add(delta.source.rank)
+                    self._complete_if_closed(window)
+                return self._ack()
+
+    def _window(self, delta: Delta, member: _Member) -> Window:
+        """The open window that a delta belongs to; the first rank to close a window sets its step."""
+        rank = delta.source.rank
+        if delta.window != member.next_window:
+            raise DeltaRefused(f"rank {rank} sends window {delta.window} while its window {member.next_window} is open")
+        window = self._windows.get(delta.window)
+        if window is None:
+            window = self._windows[delta.window] = Window(delta.window, delta.step)
+        elif delta.closes and window.closed and window.step != delta.step:
+            raise DeltaRefused(
+                f"rank {rank} closes window {window.ordinal} as step {delta.step}, ranks {sorted(window.closed)} as "
+                f"step {window.step}; call add_saturations(step) with the same steps in every worker"
+            )
+        if delta.closes:
+            window.step = delta.step
+        return window
+
+    def _complete_if_closed(self, window: Window) -> None:
+        """Hand a window to the publisher once every rank has closed it or has left for good."""
+        left = {rank for rank, member in self._members.items() if member.left}
+        if len(window.closed | left) == self.config.world_size and self._windows.pop(window.ordinal, None) is not None:
+            window.closed |= left
+            self._running().submit([window.job(self._attempt, final=True)])
+
+    # --- publishing ------------------------------------------------------------------------------------------
+
+    def _due_windows(self) -> list[Job]:
+        """Called by the publisher now and then: ends a run that nobody is left of, and picks what to show live."""
+        now = time.monotonic()
+        with self._lock:
+            silence = now - max((member.heard for member in self._members.values()), default=now)
+            if silence > self.config.silent_after and not self._ending:
+                log.warning(
+                    "run %s is ended: none of its workers was heard of for %.0f s; what had arrived is published",
+                    self.config.run,
+                    silence,
+                )
+                self._finish()
+                return []
+            if not self.config.publish_every or now < self._next_live or self._ending:
+                return []
+            self._next_live = now + self.config.publish_every
+            return [window.job(self._attempt, final=False) for window in self._windows.values() if window.changed]
+
+    def _finish(self) -> None:
+        """Publish what is open and end; nothing is taken from now on."""
+        self._ending = True
+        windows = [self._windows.pop(ordinal) for ordinal in sorted(self._windows)]
+        self._running().submit([window.job(self._attempt, final=True) for window in windows], end=True)
+
+    def _running(self) -> Publisher:
+        if self._publisher is None:
+            raise StoreError(f"run {self.config.run!r} has no worker yet; a tracker registers when it is constructed")
+        return self._publisher
+
+    def add_scalars(self, scalars: list[Scalar]) -> None:
+        """Hand user scalars to the writers."""
+        with self._lock:
+            if self._ending:
+                raise StoreError(f"run {self.config.run!r} has ended and takes no scalars")
+            self._running().write_scalars(scalars, self._attempt)
+
+    # --- answers -----------------------------------------------------------------------------------------------
+
+    def progress(self) -> Progress:
+        """How far publication is, with the latest metrics."""
+        publisher = self._running()
+        with self._lock:
+            published = publisher.published(self._attempt)
+            window = self._windows.get(published)
+            done = set(window.closed) if window else set()
+            done |= {rank for rank, member in self._members.items() if member.left}
+        missing = tuple(sorted(set(range(self.config.world_size)) - done))
+        return Progress(
+            published, publisher.finished.is_set(), missing, publisher.metrics(), tuple(publisher.problems())
+        )
+
+    def covariance(self, layer: str, phase: str) -> F64:
+        """The last published population covariance of a layer, float64, shape (d, d).
+
+        Raises KeyError for a layer, phase or combination of which nothing has been published.
+        """
+        latest, features = self._find(layer, phase)
+        return unpack_triangle(latest.packed / max(latest.n, 1), features)
+
+    def spectrum(self, layer: str, phase: str) -> F64:
+        """The eigenvalues of `covariance`, float64, descending."""
+        return spectrum.eigenvalues(self.covariance(layer, phase))
+
+    def _find(self, layer: str, phase: str) -> tuple[Latest, int]:
+        publisher = self._running()
+        names = [info.name for info in self._layers]
+        if layer not in names:
+            raise KeyError(f"run {self.config.run!r} has no layer {layer!r}; its layers: {', '.join(names)}")
+        if phase not in PHASES:
+            raise KeyError(f"phase {phase!r} is none of {PHASES}")
+        latest = publisher.latest(names.index(layer), PHASES.index(phase))
+        if latest is None:
+            raise KeyError(f"nothing of layer {layer!r} in phase {phase!r} has been published yet")
+        return latest, self._layers[names.index(layer)].features
+
+    @property
+    def finished(self) -> bool:
+        """Whether everything is published and written, and the run has ended."""
+        return self._publisher is not None and self._publisher.finished.is_set()
+
+    def status(self) -> dict[str, Any]:
+        """Ranks, windows, memory and writers, for people and tools."""
+        publisher = self._publisher
+        now = time.monotonic()
+        with self._lock:
+            entries = [entry for window in self._windows.values() for entry in window.entries.values()]
+            ranks = {
+                rank: {"deltas": m.next_seq, "window": m.next_window, "silent_s": now - m.heard, "left": m.left}
+                for rank, m in sorted(self._members.items())
+            }
+            state: dict[str, Any] = {
+                "run": self.config.run,
+                "savefile": self.config.savefile,
+                "attempt": self._attempt,
+                "world_size": self.config.world_size,
+                "ranks": ranks,
+                "open_windows": sorted(self._windows),
+                "refused": self._refused,
+                "bytes": sum(entry.total.packed.nbytes for entry in entries),
+            }
+        if publisher is not None:
+            state["bytes"] += publisher.latest_bytes()
+            state["published"] = publisher.published(self._attempt)
+            state["problems"] = publisher.problems()
+            state["writers"] = [writer.status() for writer in publisher.writers]
+            state["finished"] = publisher.finished.is_set()
+        return state
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until complete windows are published and written; False when that takes longer than `timeout` s."""
+        return self._running().flush(timeout)
+
+    def wait_finished(self, timeout: float) -> bool:
+        """Wait until everything is published and written after the last `leave`."""
+        return self._running().finished.wait(timeout)
+
+    def end(self) -> None:
+        """Nothing to release: the threads end by themselves once the run has finished."""

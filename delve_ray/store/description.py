@@ -1,0 +1,56 @@
+"""What is said about a run: run.json, and in words what distinguishes two lists of layers."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib import metadata
+
+import numpy as np
+
+from delve_ray.schema import SCHEMA_VERSION
+from delve_ray.store.protocol import LayerInfo, StoreConfig
+
+
+def describe_run(config: StoreConfig, layers: Sequence[LayerInfo]) -> bytes:
+    """run.json: versions, options, model summary, world size, and where the store is."""
+    versions = {"python": platform.python_version(), "numpy": np.__version__}
+    for package in ("delve_ray", "torch", "ray", "pyarrow"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    description = {
+        "schema_version": SCHEMA_VERSION,
+        "run": config.run,
+        "world_size": config.world_size,
+        "created": datetime.now(UTC).isoformat(),
+        "store": {"host": socket.gethostname(), "pid": os.getpid()},
+        "options": asdict(config),
+        "layers": [asdict(layer) for layer in layers],
+        "versions": versions,
+    }
+    return json.dumps(description, indent=2).encode()
+
+
+def layer_difference(known: Sequence[LayerInfo], other: Sequence[LayerInfo]) -> str:
+    """In words, what distinguishes two lists of layers; the first few of each."""
+    ours, theirs = {info.name: info for info in known}, {info.name: info for info in other}
+    missing = [name for name in ours if name not in theirs]
+    extra = [name for name in theirs if name not in ours]
+    changed = [
+        f"{name} ({mine.layer_type} of {mine.features}, not {theirs[name].layer_type} of {theirs[name].features})"
+        for name, mine in ours.items()
+        if name in theirs and mine != theirs[name]
+    ]
+    parts = [
+        f"{label} {', '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        for label, names in (("missing", missing), ("unknown", extra), ("different", changed))
+        if names
+    ]
+    return "; ".join(parts) or "the same layers in another order"

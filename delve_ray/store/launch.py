@@ -1,0 +1,68 @@
+"""Starting and finding stores from drivers and tools: the public functions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from delve_ray.errors import OptionError
+from delve_ray.spectrum import check_threshold, resolve_stats
+from delve_ray.store.protocol import StoreConfig
+from delve_ray.writers import check_save_to
+
+
+def start_store(
+    savefile: str | os.PathLike[str],
+    *,
+    run: str,
+    world_size: int,
+    save_to: str | Sequence[str] = ("parquet", "tensorboard"),
+    num_shards: int = 1,
+    stats: Sequence[str] | str | None = None,
+    sat_threshold: float = 0.99,
+    publish_every: float = 30.0,
+    precision: str = "float32",
+) -> Any:
+    """Start a run's store from a driver, on the driver's node, and return the actor's handle.
+
+    Trackers need this only where the store should lie elsewhere than with rank 0: they find it by `run`, or
+    take it as `store=`. A relative savefile is meant from the driver's working directory. The handle answers
+    `covariance.remote(layer, phase)`, `spectrum.remote(layer, phase)` and `status.remote()`. The store ends with
+    its run. Ray must be initialised.
+
+    Raises OptionError for an option that cannot be used, NotImplementedError for `num_shards` other than 1.
+    """
+    if num_shards != 1:
+        raise NotImplementedError(f"num_shards={num_shards!r} is not built yet; use 1")
+    if not isinstance(world_size, int) or world_size < 1:
+        raise OptionError(f"world_size={world_size!r} must be an integer, at least 1")
+    if precision not in ("float32", "float64"):
+        raise OptionError(f"precision={precision!r} is neither 'float32' nor 'float64'")
+    from delve_ray.store import actor
+
+    path = os.fspath(savefile)
+    config = StoreConfig(
+        run=run,
+        savefile=path if "://" in path else os.path.abspath(path),
+        world_size=world_size,
+        save_to=check_save_to(save_to),
+        stats=resolve_stats(stats),
+        threshold=check_threshold(sat_threshold),
+        publish_every=float(publish_every),
+        product_eps=float(np.finfo(precision).eps),
+    )
+    handle = actor.start(config)
+    settings = actor.RemoteStore(handle).settings()
+    if settings != config:
+        raise OptionError(f"run={run!r} has a store already, started with {settings}; choose another run name")
+    return handle
+
+
+def get_store(run: str) -> Any:
+    """The actor's handle of a running run's store. Raises StoreError when the cluster has none of that name."""
+    from delve_ray.store import actor
+
+    return actor.find(run)

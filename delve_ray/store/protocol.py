@@ -1,0 +1,157 @@
+"""What workers and the store say to each other: plain data, and the one interface both kinds of store have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from delve_ray.moments import F64, triangle_size
+from delve_ray.writers.base import Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInfo:
+    """What the store knows of a layer."""
+
+    name: str
+    layer_type: str
+    features: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """How one run is published; every worker of the run must bring the same.
+
+    Attributes:
+        savefile: absolute local path or URI.
+        stats: canonical long names, "cov" for covariances.
+        threshold: δ of the intrinsic dimensionality.
+        publish_every: seconds between live publications of an open window, 0 for none.
+        product_eps: machine epsilon of the products, below which eigenvalues are rounding.
+        silent_after: seconds without any sign of life from any source after which the run is ended.
+    """
+
+    run: str
+    savefile: str
+    world_size: int
+    save_to: tuple[str, ...] = ("parquet",)
+    stats: tuple[str, ...] = ()
+    threshold: float = 0.99
+    publish_every: float = 30.0
+    product_eps: float = float(np.finfo(np.float32).eps)
+    silent_after: float = 300.0
+    trial: str | None = None
+    trial_config: str | None = None
+
+
+SAME_FOR_ALL = ("savefile", "world_size", "save_to", "stats", "threshold", "product_eps", "trial")
+"""Fields of `StoreConfig` in which a worker may not differ from the run that it joins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One worker of one attempt.
+
+    `token` is the same for all workers of an attempt and differs between attempts; `source` is this worker's
+    own name.
+    """
+
+    run: str
+    token: str
+    rank: int
+    source: str
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Header of the moments that a source gathered since its last delta; the moments are in a float64 buffer.
+
+    For each entry (layer index, phase index, observations, non-finite rows) in order, the buffer holds the
+    mean (d) and the packed scatter (d(d+1)/2). `window` is the ordinal of the window within the attempt;
+    with `closes` the source says that this was its last delta for the window, whose label is `step`.
+    """
+
+    source: Source
+    attempt: int
+    seq: int
+    window: int
+    step: int
+    closes: bool
+    entries: tuple[tuple[int, int, int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The store's answer to a registration."""
+
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """The store's answer to a delta or a sign of life; `published` counts the attempt's final windows."""
+
+    published: int
+    merged: bool = True
+    finished: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the current attempt is published, and who keeps the next window open."""
+
+    published: int
+    finished: bool
+    missing: tuple[int, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    problems: tuple[str, ...] = ()
+
+
+def moments_size(features: int) -> int:
+    """Length of the mean and packed scatter of a layer in a delta's buffer."""
+    return features + triangle_size(features)
+
+
+class Store(Protocol):
+    """A store as a worker sees it, in the same process or behind a Ray actor.
+
+    Every method may raise `StoreError`; a store behind an actor raises it after its deadline, too.
+    """
+
+    def settings(self) -> StoreConfig:
+        """How the run is published."""
+
+    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+        """Join the run; raises RegistrationError when the worker does not fit it."""
+
+    def take(self, delta: Delta, buffer: F64) -> Ack:
+        """Merge a delta once; a repeated one is acknowledged and left out. Raises DeltaRefused."""
+
+    def heartbeat(self, source: Source) -> Ack:
+        """Say that the source is alive."""
+
+    def add_scalars(self, scalars: list[Scalar]) -> None:
+        """Hand over user scalars."""
+
+    def progress(self) -> Progress:
+        """How far publication is, with the latest metrics."""
+
+    def leave(self, source: Source, *, completed: bool) -> Ack:
+        """Deregister. The last source to complete makes the store publish the rest and finish."""
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until complete windows are published and written; False when that takes longer."""
+
+    def wait_finished(self, timeout: float) -> bool:
+        """Wait until everything is published and written after the last `leave`."""
+
+    def end(self) -> None:
+        """Release the store; called by the last source once it has finished."""
+
+    def status(self) -> dict[str, Any]:
+        """Ranks, windows, memory and writers, for people."""
