@@ -1,0 +1,370 @@
+"""`SaturationTracker`: all that a training loop touches."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import operator
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from delve_ray.connect import Identity, abandon, given_store, identify, join
+from delve_ray.errors import DelveRayError, OptionError, StoreError
+from delve_ray.layers import Modules, RowOptions, check_uncompiled, select_layers
+from delve_ray.options import (
+    check_conv_method,
+    check_device,
+    check_integer,
+    check_precision,
+    check_seconds,
+    check_timeseries_method,
+    check_unbuilt,
+)
+from delve_ray.recorder import Recorder, RecorderOptions, fit_memory
+from delve_ray.shipping import Shipper
+from delve_ray.spectrum import check_threshold, resolve_stats
+from delve_ray.store.protocol import LayerInfo, Store, StoreConfig
+from delve_ray.writers import check_save_to
+from delve_ray.writers.base import Scalar
+
+log = logging.getLogger(__name__)
+
+WAIT_TIMEOUT_S = 60.0
+"""Default deadline of `metrics(wait=True)` and `flush()`."""
+CLOSE_TIMEOUT_S = 120.0
+"""Default deadline of `close()`."""
+
+
+class SaturationTracker:
+    """Records how much of each layer's width a network uses while it trains, on one machine or on many.
+
+    Forward hooks reduce each layer's output to moments on its device; a thread ships them to the run's
+    covariance store, which publishes eigenspectrum metrics. The constructor has Delve's option names. The same
+    line serves in every worker: inside Ray Train run, rank and world size are found, and all ranks meet in one
+    store; with Ray initialised a store is started in the cluster; without Ray it lives in the process.
+
+    Args:
+        savefile: Directory of the run's files: a local path or a URI that pyarrow.fs opens. A relative path is
+            meant from the working directory, in a Ray Train worker from the run's own directory under its
+            storage_path. A directory that holds a run already is refused.
+        save_to: "parquet", "tensorboard", or a list of these.
+        modules: The model, or a list or dict of models. Linear, Conv2d and LSTM layers are recorded.
+        layer_filter: Function that gets {name: module} of these layers and returns it with entries removed.
+        ignore_layer_names: Names of layers to leave out.
+        log_interval: Record every n-th forward of each layer and phase; each window has its first.
+        stats: Statistics to publish: Delve's short names (lsat, idim, cov, det, trc, dtrc) or the long ones;
+            by default every scalar one. "cov" publishes covariances as well.
+        include_conv: False leaves out convolutions.
+        conv_method: "channelwise": each position of a feature map is an observation of C features.
+        timeseries_method: "timestepwise": each step of each sequence is an observation; "last_timestep": for
+            recurrent layers, the last valid step of each sequence.
+        sat_threshold: δ in (0, 1]: the share of variance that the intrinsic dimensionality has to explain.
+        device: Where moments are accumulated; by default where each layer's output is.
+        initial_epoch: Step of the first window when `add_saturations` is called without one.
+        nosave: True writes no file; `metrics()` works.
+        store: A `CovarianceStore`, or the handle that `start_store` returned; then savefile, save_to, stats,
+            sat_threshold, run and world_size may be left out and are the store's.
+        run: Name of the run, the same in all ranks. Found inside Ray Train; needed with several ranks elsewhere.
+        rank, world_size: This worker's place among the data-parallel ranks.
+        publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none.
+        precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 in both.
+        max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
+        max_memory: Bytes that recording may take in this worker; computed and checked here, before it starts.
+        writer_args, max_samples, layerwise_sat, average_sat, reset_covariance, interpolation_strategy,
+        interpolation_downsampling, verbose, max_overhead, layers, resume, name: Understood; whatever differs
+            from today's behaviour raises NotImplementedError.
+
+    Raises:
+        OptionError: an option that cannot be used; it names the option, the value and what would be right.
+        RegistrationError: the worker does not fit the run: other layers, other options, a rank taken already.
+        NotImplementedError: an option that is understood and not built yet.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> with SaturationTracker(tempfile.mkdtemp() + "/run", save_to="parquet", modules=model) as tracker:
+        ...     for epoch in range(2):
+        ...         _ = model(torch.randn(64, 8))
+        ...         tracker.add_saturations(step=epoch)
+        ...     metrics = tracker.metrics(wait=True)
+        >>> sorted(metrics)[-3:]
+        ['trace/train/0', 'trace/train/2', 'trace/train/mean']
+    """
+
+    def __init__(
+        self,
+        savefile: str | os.PathLike[str] | None = None,
+        save_to: str | Sequence[str] | None = None,
+        modules: Modules | None = None,
+        *,
+        layer_filter: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
+        ignore_layer_names: Sequence[str] = (),
+        writer_args: Mapping[str, Any] | None = None,
+        log_interval: int = 1,
+        max_samples: int | None = None,
+        stats: Sequence[str] | str | None = None,
+        layerwise_sat: bool = True,
+        reset_covariance: bool = True,
+        average_sat: bool = True,
+        include_conv: bool = True,
+        conv_method: str = "channelwise",
+        timeseries_method: str = "timestepwise",
+        sat_threshold: float | None = None,
+        nosave: bool = False,
+        verbose: bool = False,
+        device: str | torch.device | None = None,
+        initial_epoch: int = 0,
+        interpolation_strategy: str | None = None,
+        interpolation_downsampling: int = 32,
+        store: Any = None,
+        run: str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        publish_every: float = 30.0,
+        precision: str = "float32",
+        max_overhead: float | None = None,
+        max_features: int = 8192,
+        max_memory: int = 8 << 30,
+        layers: Sequence[str] | None = None,
+        resume: object = None,
+        name: str | None = None,
+    ) -> None:
+        check_unbuilt(locals())
+        options = RecorderOptions(
+            RowOptions(check_conv_method(conv_method), check_timeseries_method(timeseries_method)),
+            log_interval=check_integer("log_interval", log_interval, at_least=1),
+            precision=check_precision(precision),
+            device=check_device(device),
+        )
+        live = check_seconds("publish_every", publish_every)
+        first_step = check_integer("initial_epoch", initial_epoch, at_least=0)
+        selected = select_layers(
+            check_uncompiled(modules),
+            layer_filter=layer_filter,
+            ignore_layer_names=ignore_layer_names,
+            include_conv=include_conv,
+        )
+        tracked = fit_memory(
+            selected,
+            max_features=check_integer("max_features", max_features, at_least=1),
+            max_memory=check_integer("max_memory", max_memory, at_least=1),
+        )
+        given = None if store is None else given_store(store)
+        settings = given.settings() if given is not None else None
+        identity = identify(savefile, run, rank, world_size, settings)
+        config = _publication(identity, settings, options, live)
+        if nosave:
+            config = replace(config, save_to=())
+        elif save_to is not None or settings is None:
+            config = replace(config, save_to=check_save_to(save_to if save_to is not None else ()))
+        if stats is not None or settings is None:
+            config = replace(config, stats=resolve_stats(stats))
+        if sat_threshold is not None:
+            config = replace(config, threshold=check_threshold(sat_threshold))
+        self._store: Store = given if given is not None else join(identity, config)
+        self._source = identity.source()
+        infos = [LayerInfo(layer.name, layer.layer_type, layer.features) for layer in tracked]
+        try:
+            attempt = self._store.register(self._source, config, infos).attempt
+        except (DelveRayError, NotImplementedError):
+            abandon(self._store)
+            raise
+        self._recorder = Recorder(tracked, options)
+        self._shipper = Shipper(
+            self._store, self._source, attempt, self._recorder, publish_every=live, first_step=first_step
+        )
+        self._in_process = not identity.on_ray and store is None
+        self._next_step = first_step
+        self._closed_steps: dict[int, int] = {}
+        self._closed = False
+        atexit.register(self.close)
+
+    # --- in the training loop ------------------------------------------------------------------------------
+
+    def add_saturations(self, step: int | None = None) -> None:
+        """Close the window on this rank; returns at once, the store publishes when every rank has closed it.
+
+        Every rank calls it equally often and with the same steps; a rank without rows closes an empty window.
+        `step` labels the window: an epoch or a global step, an integer that does not fall; by default one more
+        than the last, from `initial_epoch` on. Two windows may have one step if they record different phases.
+        Raises OptionError for a step that falls, or that has rows of the same phase already.
+        """
+        self._check_open("add_saturations")
+        label = self._next_step if step is None else _integer("step", step)
+        phases = self._recorder.phases()
+        if label < max(self._closed_steps.values(), default=label) or any(
+            self._closed_steps.get(phase) == label for phase in phases
+        ):
+            raise OptionError(
+                f"step={label} after step {max(self._closed_steps.values())}: steps rise, so that a row is one window; "
+                f"leave step out to count windows"
+            )
+        self._closed_steps |= dict.fromkeys(phases, label)
+        self._next_step = label + 1
+        self._shipper.close_window(label)
+
+    def add_scalar(self, name: str, value: float, step: int | None = None) -> None:
+        """Record a value beside the spectra, such as an accuracy; returns at once.
+
+        `step` is by default that of the open window. Raises OptionError for a name or value of another type.
+        """
+        self._check_open("add_scalar")
+        if not isinstance(name, str) or not name:
+            raise OptionError(f"name={name!r} must be a non-empty string")
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise OptionError(f"value={value!r} of {name!r} must be a number") from None
+        label = self._next_step if step is None else _integer("step", step)
+        self._shipper.add_scalar(Scalar(self._source.run, 0, self._source.rank, name, label, number, datetime.now(UTC)))
+
+    def metrics(self, wait: bool = False, timeout: float | None = None) -> dict[str, float]:
+        """The last published metrics: `<stat>/<phase>/<layer>` and `<stat>/<phase>/mean`, over all ranks.
+
+        Without `wait` these are the ones that this worker has heard of, at once. With `wait` they contain the
+        window that this rank closed last; that needs every rank to close it. Raises StoreError when it is not
+        published within `timeout` seconds (60 by default), naming the ranks that are missing.
+        """
+        if not wait:
+            return dict(self._shipper.metrics)
+        limit = WAIT_TIMEOUT_S if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        if not self._shipper.flush(limit):
+            raise StoreError(self._shipper.lost or f"rank {self._source.rank} could not deliver within {limit:g} s")
+        pause = 0.005
+        while (progress := self._store.progress()).published < self._shipper.windows:
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"window {progress.published} of run {self._source.run!r} is not published after {limit:g} s: "
+                    f"ranks {list(progress.missing)} have not closed it; every rank calls add_saturations() as often"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+        self._shipper.metrics = dict(progress.metrics)
+        return dict(progress.metrics)
+
+    def stop(self) -> None:
+        """Record nothing until `resume()`."""
+        self._recorder.recording = False
+
+    def resume(self) -> None:
+        """Record again after `stop()`."""
+        self._check_open("resume")
+        self._recorder.recording = True
+
+    def is_recording(self) -> bool:
+        """Whether forwards are recorded."""
+        return self._recorder.recording
+
+    @property
+    def store(self) -> Any:
+        """The store: a `CovarianceStore` in this process, or the actor's handle."""
+        return getattr(self._store, "handle", self._store)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the recorded layers, in network order."""
+        return tuple(layer.name for layer in self._recorder.layers)
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until what is recorded is in the store and complete windows are written.
+
+        Raises StoreError when that takes longer than `timeout` seconds (60 by default).
+        """
+        self._check_open("flush")
+        limit = WAIT_TIMEOUT_S if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        self._shipper.queue_live()
+        if not self._shipper.flush(limit) or not self._store.flush(max(0.0, deadline - time.monotonic())):
+            raise StoreError(self._shipper.lost or f"run {self._source.run!r} is not written after {limit:g} s")
+
+    def close(self, timeout: float | None = None) -> None:
+        """Remove the hooks, deliver everything, and leave the run; the last rank to leave waits for its files.
+
+        Rows since the last `add_saturations` are published as a last window. What cannot be delivered within
+        `timeout` seconds (120 by default) is said in the log, by step. A second call does nothing.
+        """
+        self._close(CLOSE_TIMEOUT_S if timeout is None else timeout, completed=True)
+
+    def __enter__(self) -> SaturationTracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # An exception may be the reason for a restart: the run stays open for the next attempt.
+        self._close(CLOSE_TIMEOUT_S, completed=kind is None or self._in_process)
+
+    def _close(self, timeout: float, *, completed: bool) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        deadline = time.monotonic() + timeout
+        self._recorder.close()
+        if self._recorder.phases():
+            self._shipper.close_window(self._next_step)
+        delivered = self._shipper.stop(timeout)
+        if not delivered:
+            log.error(
+                "rank %d of run %s ends without having delivered %s (%s)",
+                self._source.rank,
+                self._source.run,
+                self._shipper.undelivered(),
+                self._shipper.lost or f"the store took more than {timeout:g} s",
+            )
+        store = self._store
+        try:
+            if not store.leave(self._source, completed=completed and delivered).finished:
+                return
+            if not store.wait_finished(max(1.0, deadline - time.monotonic())):
+                log.error("run %s: the files are not complete after %g s; its store goes on", self._source.run, timeout)
+                return
+            progress = store.progress()
+            self._shipper.metrics = dict(progress.metrics)
+            for problem in progress.problems:
+                log.error("run %s: %s", self._source.run, problem)
+            store.end()
+        except DelveRayError as error:
+            log.error("rank %d of run %s left without an answer: %s", self._source.rank, self._source.run, error)
+
+    def _check_open(self, method: str) -> None:
+        if self._closed:
+            raise StoreError(f"{method}() after close(); make a new tracker for a new run")
+
+
+def _publication(
+    identity: Identity, settings: StoreConfig | None, options: RecorderOptions, publish_every: float
+) -> StoreConfig:
+    """How the run is published, before the user's own choices: like the given store, else by default."""
+    config = settings or StoreConfig(run=identity.run, savefile=identity.savefile, world_size=identity.world_size)
+    return replace(
+        config,
+        run=identity.run,
+        savefile=identity.savefile,
+        world_size=identity.world_size,
+        publish_every=publish_every,
+        product_eps=float(torch.finfo(options.precision).eps),
+    )
+
+
+def _integer(option: str, value: object) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"{option}={value!r} must be an integer") from None
+    if not 0 <= number < 1 << 63:
+        raise OptionError(f"{option}={value!r} must be between 0 and 2**63")
+    return number
