@@ -1,0 +1,38 @@
+"""Fixtures for all tests: one small Ray for the session, and nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """A local Ray with fixed small resources, whatever the machine has."""
+    import ray
+
+    here = str(Path(__file__).resolve().parent.parent)
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        include_dashboard=False,
+        object_store_memory=300 << 20,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": here, "OMP_NUM_THREADS": "1"}},
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def savefile(tmp_path: Path) -> str:
+    """A path for a run's files that does not exist yet."""
+    return str(tmp_path / "run")

@@ -1,0 +1,168 @@
+"""Plain Ray actors as workers, a store started by the driver, and what is refused across processes."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import delve_ray
+from delve_ray.moments import unpack_triangle
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+
+class Worker:
+    """An actor that makes a tracker and feeds a Linear with known rows."""
+
+    def __init__(self, out_features: int = 6) -> None:
+        from torch import nn
+
+        self.model = nn.Linear(4, out_features)
+
+    def track(self, *args: Any, **options: Any) -> tuple[str, ...]:
+        self.tracker = delve_ray.SaturationTracker(*args, modules=self.model, **options)
+        return self.tracker.layers
+
+    def step(self, count: int, seed: int, step: int) -> np.ndarray:
+        import torch
+
+        x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+        output = self.model(x) if count else torch.empty(0, self.model.out_features)
+        self.tracker.add_saturations(step)
+        return output.detach().double().numpy()
+
+    def metrics(self, wait: bool = True, timeout: float = 30.0) -> dict[str, float]:
+        return self.tracker.metrics(wait, timeout)
+
+    def flush(self) -> None:
+        self.tracker.flush()
+
+    def close(self) -> None:
+        self.tracker.close()
+
+
+@pytest.fixture
+def workers(ray_session: None) -> Any:
+    import ray
+
+    made: list[Any] = []
+
+    def make(count: int, *args: Any) -> list[Any]:
+        made.extend(ray.remote(Worker).options(num_cpus=0.5).remote(*args) for _ in range(count))
+        return made[-count:]
+
+    yield make
+    for worker in made:
+        ray.kill(worker)
+
+
+def end_store(run: str) -> None:
+    import ray
+
+    with contextlib.suppress(delve_ray.StoreError):
+        ray.kill(delve_ray.get_store(run))
+
+
+def test_three_actors_meet_in_one_store(workers: Any, savefile: str) -> None:
+    import ray
+
+    team = workers(3)
+    layers = [
+        w.track.remote(savefile, "parquet", stats="cov", run="actors", rank=i, world_size=3) for i, w in enumerate(team)
+    ]
+    assert ray.get(layers) == [("Linear",)] * 3
+    rows = np.concatenate(ray.get([w.step.remote(n, n, 0) for w, n in zip(team, (50, 7, 0), strict=True)]))
+    metrics = ray.get([w.metrics.remote() for w in team])
+    assert metrics[0] == metrics[1] == metrics[2]
+    store = delve_ray.get_store("actors")
+    covariance = ray.get(store.covariance.remote("Linear", "train"))
+    reference = np.cov(rows.T, bias=True)
+    assert np.abs(covariance - reference).max() < 1e-6 * np.linalg.eigvalsh(reference)[-1]
+    eigenvalues = ray.get(store.spectrum.remote("Linear", "train"))
+    assert np.allclose(eigenvalues, np.linalg.eigvalsh(reference)[::-1], atol=1e-6 * eigenvalues[0])
+    with pytest.raises(KeyError, match="no layer 'fc'"):
+        ray.get(store.covariance.remote("fc", "train"))
+    ray.get([w.close.remote() for w in team])
+    (row,) = delve_ray.read_covariances(savefile).to_pylist()
+    assert np.array_equal(unpack_triangle(row["covariance"], 6), covariance)
+    assert (row["samples"], row["workers"]) == (57, 3)
+
+
+def test_a_store_started_by_the_driver_tells_the_workers_how(workers: Any, savefile: str) -> None:
+    import ray
+
+    store = delve_ray.start_store(savefile, run="driven", world_size=2, save_to="parquet", sat_threshold=0.5)
+    again = delve_ray.start_store(savefile, run="driven", world_size=2, save_to="parquet", sat_threshold=0.5)
+    assert again == store
+    with pytest.raises(delve_ray.OptionError, match="has a store already"):
+        delve_ray.start_store(savefile, run="driven", world_size=3, save_to="parquet")
+    team = workers(2)
+    ray.get([w.track.remote(store=store, rank=rank) for rank, w in enumerate(team)])
+    ray.get([w.step.remote(100, rank, 0) for rank, w in enumerate(team)])
+    ray.get([w.metrics.remote() for w in team])
+    ray.get([w.close.remote() for w in team])
+    (row,) = delve_ray.read_spectra(savefile).to_pylist()
+    assert (row["threshold"], row["samples"], row["run"]) == (0.5, 200, "driven")
+
+
+def test_two_runs_of_one_name_with_different_layers(workers: Any, savefile: str) -> None:
+    import ray
+
+    (first,), (second,) = workers(1, 6), workers(1, 7)
+    ray.get(first.track.remote(savefile, "parquet", run="twice", rank=0, world_size=2))
+    with pytest.raises(delve_ray.RegistrationError, match=r"different Linear \(Linear of 6, not Linear of 7\)"):
+        ray.get(second.track.remote(savefile, "parquet", run="twice", rank=1, world_size=2))
+    with pytest.raises(delve_ray.RegistrationError, match="rank 0 of run 'twice' is tracked already"):
+        ray.get(workers(1, 6)[0].track.remote(savefile, "parquet", run="twice", rank=0, world_size=2))
+    end_store("twice")
+
+
+def test_an_unwritable_savefile_is_refused_and_leaves_no_store(workers: Any, tmp_path: Path) -> None:
+    import ray
+
+    (tmp_path / "file").write_text("in the way")
+    (worker,) = workers(1)
+    with pytest.raises(delve_ray.OptionError, match="savefile"):
+        ray.get(worker.track.remote(str(tmp_path / "file" / "run"), "parquet", run="nowhere"))
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            delve_ray.get_store("nowhere")
+        except delve_ray.StoreError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the store of a run that could not begin is still there")
+
+
+def test_a_store_that_dies_is_named_and_the_training_goes_on(workers: Any, savefile: str) -> None:
+    import ray
+
+    (worker,) = workers(1)
+    ray.get(worker.track.remote(savefile, "parquet", run="dies", publish_every=0))
+    ray.get(worker.step.remote(10, 0, 0))
+    ray.get(worker.flush.remote())
+    ray.kill(delve_ray.get_store("dies"))
+    for step in (1, 2):
+        ray.get(worker.step.remote(10, 0, step))
+    with pytest.raises(delve_ray.StoreError, match="process has ended"):
+        ray.get(worker.metrics.remote())
+    ray.get(worker.close.remote(), timeout=60)
+    assert [row["step"] for row in delve_ray.read_spectra(savefile).to_pylist()] == [0]
+
+
+def test_a_single_tracker_needs_no_names(ray_session: None, savefile: str) -> None:
+    import torch
+
+    model = torch.nn.Linear(4, 4)
+    with delve_ray.SaturationTracker(savefile, "parquet", model) as tracker:
+        model(torch.randn(9, 4))
+        tracker.add_saturations()
+        assert tracker.metrics(wait=True)["saturation/train/Linear"] > 0
+    (row,) = delve_ray.read_spectra(savefile).to_pylist()
+    assert row["samples"] == 9
+    assert row["run"].startswith("run-")

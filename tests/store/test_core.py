@@ -1,0 +1,444 @@
+"""The store's core: merging, windows, membership and what it refuses, without Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from delve_ray import DeltaRefused, OptionError, RegistrationError, StoreError, read_covariances, read_spectra
+from delve_ray.moments import Moments
+from delve_ray.schema import PublishedWindow
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.protocol import Delta, LayerInfo, Source, StoreConfig
+from delve_ray.writers.base import Scalar
+
+LAYERS = [LayerInfo("conv", "Conv2d", 3), LayerInfo("fc", "Linear", 5)]
+RNG = np.random.default_rng(20260101)
+
+
+class Keeper:
+    """A writer that keeps what it gets."""
+
+    def __init__(self, name: str = "keeper", fail: bool = False, delay: float = 0.0) -> None:
+        self.name, self.fail, self.delay = name, fail, delay
+        self.windows: list[PublishedWindow] = []
+        self.scalars: list[Scalar] = []
+        self.closed = False
+
+    def write(self, window: PublishedWindow) -> None:
+        time.sleep(self.delay)
+        if self.fail:
+            raise OSError("no space left on device")
+        self.windows.append(window)
+
+    def write_scalars(self, scalars: list[Scalar]) -> None:
+        self.scalars.extend(scalars)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def config(**changes: Any) -> StoreConfig:
+    base = StoreConfig(
+        run="r",
+        savefile="/nowhere",
+        world_size=2,
+        stats=("saturation", "trace", "cov"),
+        publish_every=0.0,
+        silent_after=0,
+    )
+    return replace(base, **changes)
+
+
+def source(rank: int, name: str = "", token: str = "") -> Source:
+    return Source("r", token, rank, name or f"s{rank}", "host", 100 + rank)
+
+
+class Worker:
+    """Sends rows to a store like a tracker does, with its own sequence of deltas."""
+
+    def __init__(self, store: CovarianceStore, rank: int, **changes: Any) -> None:
+        self.store, self.source = store, source(rank, **changes)
+        self.attempt = store.register(self.source, store.config, LAYERS).attempt
+        self.seq = self.window = 0
+
+    def delta(self, rows: dict[tuple[int, int], np.ndarray], step: int, closes: bool) -> tuple[Delta, np.ndarray]:
+        entries, parts = [], [np.empty(0)]
+        for (layer, phase), values in sorted(rows.items()):
+            moments = Moments.from_rows(values)
+            entries.append((layer, phase, moments.n, 0))
+            parts += [moments.mean, moments.packed()]
+        return Delta(self.source, self.attempt, self.seq, self.window, step, closes, tuple(entries)), np.concatenate(
+            parts
+        )
+
+    def send(self, rows: dict[tuple[int, int], np.ndarray], step: int = 0, closes: bool = False) -> None:
+        delta, buffer = self.delta(rows, step, closes)
+        assert self.store.take(delta, buffer).merged
+        self.seq += 1
+        self.window += closes
+
+
+def rows(n: int, d: int, offset: float = 0.0) -> np.ndarray:
+    return RNG.normal(size=(n, d)) * np.linspace(1, 3, d) + offset
+
+
+def published(store: CovarianceStore, windows: int) -> None:
+    deadline = time.monotonic() + 10
+    while store.progress().published < windows:
+        assert time.monotonic() < deadline, store.status()
+        time.sleep(0.002)
+
+
+def written(store: CovarianceStore, windows: int) -> None:
+    published(store, windows)
+    assert store.flush(10)
+
+
+def test_two_workers_merge_to_the_covariance_of_all_rows() -> None:
+    keeper = Keeper()
+    store = CovarianceStore(config(), writers=[keeper])
+    workers = [Worker(store, rank) for rank in range(2)]
+    parts = [rows(n, 5, 1e5) for n in (7, 1, 400, 33)]
+    for index, part in enumerate(parts):
+        workers[index % 2].send({(1, 0): part})
+    for worker in workers:
+        worker.send({}, step=4, closes=True)
+    written(store, 1)
+    everything = np.concatenate(parts)
+    reference = np.cov(everything.T, bias=True)
+    assert np.abs(store.covariance("fc", "train") - reference).max() < 1e-9 * np.linalg.eigvalsh(reference)[-1]
+    assert np.allclose(store.spectrum("fc", "train"), np.linalg.eigvalsh(reference)[::-1], rtol=1e-8)
+    (window,) = keeper.windows
+    assert (window.step, window.final, window.workers, window.revision) == (4, True, 2, 0)
+    (row,) = window.rows
+    assert (row.layer, row.phase, row.samples, row.features) == ("fc", "train", 441, 5)
+    assert row.stats["trace"] == pytest.approx(np.trace(reference), rel=1e-9)
+    assert np.allclose(row.mean, everything.mean(0), rtol=1e-12)
+
+
+def test_a_window_closes_only_when_every_rank_has_closed_it() -> None:
+    store = CovarianceStore(config(), writers=[keeper := Keeper()])
+    first, second = Worker(store, 0), Worker(store, 1)
+    first.send({(0, 0): rows(5, 3)}, closes=True)
+    first.send({(0, 0): rows(6, 3)}, step=1, closes=True)
+    time.sleep(0.05)
+    assert keeper.windows == []
+    assert store.progress().missing == (1,)
+    second.send({}, closes=True)
+    written(store, 1)
+    assert [row.samples for row in keeper.windows[0].rows] == [5]
+    second.send({(0, 1): rows(4, 3)}, step=1, closes=True)
+    written(store, 2)
+    assert [(row.phase, row.samples) for row in keeper.windows[1].rows] == [("train", 6), ("eval", 4)]
+
+
+def test_a_repeated_delta_counts_once() -> None:
+    store = CovarianceStore(config(world_size=1), writers=[Keeper()])
+    worker = Worker(store, 0)
+    delta, buffer = worker.delta({(0, 0): rows(10, 3)}, 0, True)
+    assert store.take(delta, buffer).merged
+    written(store, 1)
+    before = store.covariance("conv", "train")
+    for _ in range(3):
+        assert not store.take(delta, buffer).merged
+    assert np.array_equal(store.covariance("conv", "train"), before)
+    assert store.progress().published == 1
+
+
+def test_repetitions_racing_each_other_count_once() -> None:
+    store = CovarianceStore(config(world_size=1), writers=[keeper := Keeper()])
+    worker = Worker(store, 0)
+    for _ in range(50):
+        delta, buffer = worker.delta({(0, 0): rows(10, 3), (1, 0): rows(3, 5)}, 0, False)
+        with ThreadPoolExecutor(4) as pool:
+            acks = list(pool.map(store.take, [delta] * 4, [buffer] * 4))
+        assert sorted(ack.merged for ack in acks) == [False, False, False, True]
+        worker.seq += 1
+    worker.send({}, closes=True)
+    written(store, 1)
+    assert [row.samples for row in keeper.windows[0].rows] == [500, 150]
+
+
+def test_many_threads_lose_nothing() -> None:
+    world = 8
+    store = CovarianceStore(config(world_size=world, publish_every=0.01), writers=[keeper := Keeper()])
+    workers = [Worker(store, rank) for rank in range(world)]
+    parts = [[rows(int(n), 5, 10.0 * rank) for n in RNG.integers(1, 20, 40)] for rank in range(world)]
+
+    def run(worker: Worker, mine: list[np.ndarray]) -> None:
+        for part in mine:
+            worker.send({(1, 0): part})
+        worker.send({}, closes=True)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(workers, parts, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    written(store, 1)
+    everything = np.concatenate([part for mine in parts for part in mine])
+    assert keeper.windows[-1].rows[0].samples == len(everything)
+    assert np.abs(store.covariance("fc", "train") - np.cov(everything.T, bias=True)).max() < 1e-9
+
+
+def test_live_rows_come_first_and_rise_in_revision() -> None:
+    store = CovarianceStore(config(world_size=1, publish_every=0.02), writers=[keeper := Keeper()])
+    worker = Worker(store, 0)
+    worker.send({(0, 0): rows(10, 3)}, step=3)
+    deadline = time.monotonic() + 10
+    while not keeper.windows and time.monotonic() < deadline:
+        time.sleep(0.01)
+    live = keeper.windows[0]
+    assert (live.final, live.revision, live.workers, live.rows[0].samples) == (False, 0, 0, 10)
+    worker.send({(0, 0): rows(10, 3)}, step=3, closes=True)
+    written(store, 1)
+    final = keeper.windows[-1]
+    assert final.final
+    assert final.rows[0].samples == 20
+    assert [window.revision for window in keeper.windows] == list(range(len(keeper.windows)))
+    count = len(keeper.windows)
+    time.sleep(0.7)
+    assert len(keeper.windows) == count, "nothing changed, so nothing is to be published"
+
+
+def test_the_last_rank_to_leave_finishes_the_run() -> None:
+    store = CovarianceStore(config(), writers=[keeper := Keeper()])
+    first, second = Worker(store, 0), Worker(store, 1)
+    first.send({(0, 0): rows(5, 3)}, closes=True)
+    assert not store.leave(first.source, completed=True).finished
+    second.send({(0, 0): rows(6, 3)}, closes=True)
+    second.send({(0, 0): rows(2, 3)}, step=1, closes=True)  # rank 0 left: it counts as having closed this one, too
+    written(store, 2)
+    assert store.leave(second.source, completed=True).finished
+    assert store.wait_finished(10)
+    assert keeper.closed
+    assert [(w.step, w.workers, w.rows[0].samples) for w in keeper.windows] == [(0, 2, 11), (1, 2, 2)]
+    with pytest.raises(RegistrationError, match="has ended"):
+        Worker(store, 0)
+    with pytest.raises(StoreError, match="takes no scalars"):
+        store.add_scalars([])
+
+
+def test_a_worker_that_fails_leaves_the_run_open_and_a_new_attempt_starts_over() -> None:
+    store = CovarianceStore(config(), writers=[keeper := Keeper()])
+    old = [Worker(store, rank, token="one") for rank in range(2)]
+    for worker in old:
+        worker.send({(0, 0): rows(5, 3)}, closes=True)
+    old[0].send({(0, 0): rows(5, 3)}, step=1, closes=True)
+    assert not store.leave(old[1].source, completed=False).finished
+    new = [Worker(store, rank, token="two", name=f"new{rank}") for rank in range(2)]
+    assert [worker.attempt for worker in new] == [1, 1]
+    with pytest.raises(DeltaRefused, match="not registered"):
+        old[0].send({(0, 0): rows(5, 3)}, step=2)
+    for worker in new:
+        worker.send({(0, 0): rows(50, 3)}, step=1, closes=True)
+    written(store, 1)
+    found = [(w.attempt, w.step, w.workers, w.rows[0].samples) for w in keeper.windows]
+    assert found == [(0, 0, 2, 10), (0, 1, 1, 5), (1, 1, 2, 100)]
+    assert store.status()["refused"] == 1
+
+
+def test_a_silent_run_is_published_and_ended(caplog: pytest.LogCaptureFixture) -> None:
+    store = CovarianceStore(config(silent_after=0.2), writers=[keeper := Keeper()])
+    worker = Worker(store, 0)
+    worker.send({(0, 0): rows(5, 3)}, step=7)
+    assert store.wait_finished(10)
+    (window,) = keeper.windows
+    assert (window.step, window.workers, window.rows[0].samples, window.final) == (7, 0, 5, True)
+    assert "none of its workers was heard of" in caplog.text
+
+
+def test_writers_fail_alone(caplog: pytest.LogCaptureFixture) -> None:
+    good, bad, slow = Keeper("good"), Keeper("bad", fail=True), Keeper("slow", delay=0.3)
+    store = CovarianceStore(config(world_size=1), writers=[bad, slow, good])
+    worker = Worker(store, 0)
+    start = time.monotonic()
+    for step in range(3):
+        worker.send({(0, 0): rows(5, 3)}, step=step, closes=True)
+    published(store, 3)
+    assert time.monotonic() - start < 0.6, "a slow writer holds up nobody"
+    assert store.flush(10)
+    assert [w.step for w in good.windows] == [w.step for w in slow.windows] == [0, 1, 2]
+    status = {writer["name"]: writer for writer in store.status()["writers"]}
+    assert status["bad"]["failed"] == 3
+    assert "no space left" in status["bad"]["last_error"]
+    assert status["good"]["written"] == 3
+    assert any("writer bad failed 3 times" in problem for problem in store.progress().problems)
+    assert store.leave(worker.source, completed=True).finished
+    assert store.wait_finished(10)
+    assert good.closed
+    assert slow.closed
+    assert bad.closed
+
+
+def test_metrics_are_those_of_the_last_final_window_of_each_phase() -> None:
+    store = CovarianceStore(config(world_size=1), writers=[])
+    worker = Worker(store, 0)
+    worker.send({(0, 0): rows(50, 3), (1, 1): rows(50, 5)}, closes=True)
+    written(store, 1)
+    first = store.progress().metrics
+    worker.send({(0, 0): np.ones((50, 3))}, step=1, closes=True)
+    written(store, 2)
+    second = store.progress().metrics
+    assert second["saturation/train/conv"] == 0.0 == second["saturation/train/mean"]
+    assert second["trace/eval/fc"] == first["trace/eval/fc"] > 0
+
+
+def test_nonfinite_rows_are_published_even_when_nothing_else_is() -> None:
+    store = CovarianceStore(config(world_size=1), writers=[keeper := Keeper()])
+    worker = Worker(store, 0)
+    delta = Delta(worker.source, 0, 0, 0, 0, True, ((0, 0, 0, 12),))
+    store.take(delta, np.zeros(9))
+    written(store, 1)
+    (row,) = keeper.windows[0].rows
+    assert (row.samples, row.nonfinite_rows, row.stats["saturation"]) == (0, 12, 0.0)
+
+
+BAD_DELTAS = {
+    "layer index 2": {"entries": ((2, 0, 1, 0),)},
+    "layer index -1": {"entries": ((-1, 0, 1, 0),)},
+    "phase index 2": {"entries": ((0, 2, 1, 0),)},
+    "counts -1 observations": {"entries": ((0, 0, -1, 0),)},
+    "-3 non-finite rows": {"entries": ((0, 0, 1, -3),)},
+    "stands twice": {"entries": ((0, 0, 1, 0), (0, 0, 1, 0)), "buffer": np.zeros(18)},
+    "needs? float64 of shape": {"buffer": np.zeros(8)},
+    "buffer is float32": {"buffer": np.zeros(9, dtype=np.float32)},
+    "non-finite moments": {"buffer": np.array([0.0] * 8 + [np.nan])},
+    "moments without observations": {"entries": ((0, 0, 0, 0),), "buffer": np.ones(9)},
+    "negative diagonal": {"buffer": np.array([0, 0, 0, -1.0, 0, 0, 1, 0, 1])},
+    "attempt 3": {"attempt": 3},
+    "before delta 1": {"seq": 2},
+    "window 5 while": {"window": 5},
+    "not registered": {"source": source(1)},
+    "not registered in attempt": {"source": source(0, name="impostor")},
+}
+
+
+@pytest.mark.parametrize("message", BAD_DELTAS)
+def test_a_bad_delta_is_refused_and_changes_nothing(message: str) -> None:
+    store = CovarianceStore(config(world_size=2), writers=[])
+    worker = Worker(store, 0)
+    good = rows(10, 3)
+    worker.send({(0, 0): good})
+    bad = dict(BAD_DELTAS[message])
+    buffer = bad.pop("buffer", np.zeros(9))
+    fields: dict[str, Any] = {
+        "source": worker.source,
+        "attempt": 0,
+        "seq": 1,
+        "window": 0,
+        "step": 0,
+        "closes": False,
+        "entries": ((0, 0, 1, 0),),
+    }
+    before = {key: value for key, value in store.status().items() if key not in ("ranks", "refused")}
+    with pytest.raises(DeltaRefused, match=message):
+        store.take(Delta(**{**fields, **bad}), buffer)
+    after = store.status()
+    assert after["refused"] == 1
+    assert {key: after[key] for key in before} == before
+    assert after["ranks"][0]["deltas"] == 1
+    worker.send({}, closes=True)
+    Worker(store, 1).send({}, closes=True)
+    written(store, 1)
+    reference = np.cov(good.T, bias=True)
+    assert np.allclose(store.covariance("conv", "train"), reference, rtol=1e-12)
+
+
+def test_ranks_must_agree_on_the_step() -> None:
+    store = CovarianceStore(config(), writers=[])
+    first, second = Worker(store, 0), Worker(store, 1)
+    first.send({}, step=3, closes=True)
+    with pytest.raises(DeltaRefused, match=r"rank 1 closes window 0 as step 4, ranks \[0\] as step 3"):
+        second.send({}, step=4, closes=True)
+
+
+BAD_CONFIGS = {
+    "savefile=": {"savefile": "/elsewhere"},
+    "threshold=0.9": {"threshold": 0.9},
+    "stats=": {"stats": ("trace",)},
+    "world_size=3": {"world_size": 3},
+    "save_to=": {"save_to": ("tensorboard",)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_CONFIGS)
+def test_a_worker_with_other_options_is_refused(message: str) -> None:
+    store = CovarianceStore(config(), writers=[])
+    Worker(store, 0)
+    with pytest.raises(RegistrationError, match=f"rank 1 brings {message}"):
+        store.register(source(1), config(**BAD_CONFIGS[message]), LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (LAYERS[:1], "missing fc"),
+        ([*LAYERS, LayerInfo("head", "Linear", 2)], "unknown head"),
+        ([LAYERS[0], LayerInfo("fc", "Linear", 6)], "different fc .Linear of 5, not Linear of 6"),
+        (LAYERS[::-1], "another order"),
+    ],
+)
+def test_a_run_of_the_same_name_with_other_layers_is_refused(layers: list[LayerInfo], message: str) -> None:
+    store = CovarianceStore(config(), writers=[])
+    Worker(store, 0)
+    with pytest.raises(RegistrationError, match=message):
+        store.register(source(1), config(), layers)
+
+
+def test_a_rank_is_taken_once() -> None:
+    store = CovarianceStore(config(), writers=[])
+    worker = Worker(store, 0)
+    with pytest.raises(RegistrationError, match=r"rank 0 of run 'r' is tracked already \(by pid 100 on host\)"):
+        Worker(store, 0, name="second")
+    store.leave(worker.source, completed=True)
+    with pytest.raises(RegistrationError, match="has already left"):
+        Worker(store, 0, name="third")
+    with pytest.raises(RegistrationError, match="rank=2 is not in 0 … 1"):
+        Worker(store, 2)
+
+
+def test_files_agree_with_the_store(savefile: str) -> None:
+    own = config(world_size=1, savefile=savefile, save_to=("parquet",))
+    store = CovarianceStore(own)
+    worker = Worker(store, 0)
+    for step in range(3):
+        worker.send({(0, 0): rows(20, 3, 5.0), (1, 1): rows(9, 5)}, step=step, closes=True)
+    store.leave(worker.source, completed=True)
+    assert store.wait_finished(20)
+    spectra, covariances = read_spectra(savefile), read_covariances(savefile)
+    assert spectra.num_rows == covariances.num_rows == 6
+    last = next(row for row in covariances.to_pylist() if row["step"] == 2 and row["layer"] == "conv")
+    matrix = store.covariance("conv", "train")
+    assert last["covariance"] == list(matrix[np.triu_indices(3)])
+    row = next(row for row in spectra.to_pylist() if row["step"] == 2 and row["layer"] == "conv")
+    assert row["eigenvalues"] == list(store.spectrum("conv", "train"))
+    assert row["determinant"] is None, "a statistic that was not asked for is null"
+
+
+def test_a_savefile_that_holds_a_run_is_refused(savefile: str) -> None:
+    own = config(world_size=1, savefile=savefile, save_to=("parquet",))
+    first = CovarianceStore(own)
+    Worker(first, 0)
+    with pytest.raises(OptionError, match="holds a run already"):
+        Worker(CovarianceStore(own), 0)
+
+
+def test_questions_about_what_is_not_there_say_what_is() -> None:
+    store = CovarianceStore(config(world_size=1), writers=[])
+    with pytest.raises(StoreError, match="has no worker yet"):
+        store.covariance("fc", "train")
+    Worker(store, 0)
+    with pytest.raises(KeyError, match="no layer 'fd'; its layers: conv, fc"):
+        store.covariance("fd", "train")
+    with pytest.raises(KeyError, match="phase 'test' is none of"):
+        store.covariance("fc", "test")
+    with pytest.raises(KeyError, match="nothing of layer 'fc' in phase 'train' has been published yet"):
+        store.covariance("fc", "train")

@@ -1,0 +1,473 @@
+"""SaturationTracker in one process: what it records, publishes, refuses, and leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from delve_ray import OptionError, RegistrationError, SaturationTracker, StoreError, read_covariances, read_spectra
+from delve_ray.moments import unpack_triangle
+from delve_ray.store.core import CovarianceStore
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 20), nn.ReLU(), nn.Linear(20, 4)
+    )
+
+
+def batches(count: int, size: int = 32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randn(size, 1, 8, 8, generator=generator) + index for index in range(count)]
+
+
+def independent_rows(model: nn.Sequential, inputs: list[torch.Tensor]) -> dict[str, np.ndarray]:
+    """Rows of each tracked layer, by calling the layers one after another: no hook is involved."""
+    found: dict[str, list[np.ndarray]] = {}
+    with torch.no_grad():
+        for x in inputs:
+            for name, layer in model.named_children():
+                x = layer(x)
+                if isinstance(layer, nn.Conv2d):
+                    found.setdefault(name, []).append(
+                        np.concatenate([z.reshape(len(z), -1).T for z in x.double().numpy()])
+                    )
+                elif isinstance(layer, nn.Linear):
+                    found.setdefault(name, []).append(x.double().numpy())
+    return {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def test_published_covariances_are_those_of_all_rows(savefile: str) -> None:
+    torch.manual_seed(0)
+    model = cnn()
+    train, evaluation = batches(9), batches(3, 50)
+    with SaturationTracker(savefile, ["parquet"], model, stats=["cov", "lsat"], publish_every=0.01) as tracker:
+        assert tracker.layers == ("0", "3", "5")
+        for step in (3, 8):
+            model.train()
+            for x in train[: step + 1]:
+                model(x)
+            model.eval()
+            for x in evaluation:
+                model(x)
+            tracker.add_saturations(step=step)
+    table = read_covariances(savefile).to_pylist()
+    assert {(row["phase"], row["step"], row["layer"]) for row in table} == {
+        (phase, step, layer) for phase in ("train", "eval") for step in (3, 8) for layer in ("0", "3", "5")
+    }
+    for row in table:
+        rows = independent_rows(model, train[: row["step"] + 1] if row["phase"] == "train" else evaluation)[
+            row["layer"]
+        ]
+        reference = np.cov(rows.T, bias=True)
+        result = unpack_triangle(row["covariance"], row["features"])
+        assert row["samples"] == len(rows)
+        assert np.abs(result - reference).max() < 1e-6 * np.linalg.eigvalsh(reference)[-1]
+        assert np.allclose(row["mean"], rows.mean(0), atol=1e-5 * np.abs(rows).max())
+
+
+def test_metrics_equal_the_published_rows(savefile: str) -> None:
+    model = cnn()
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        assert tracker.metrics() == {}
+        for x in batches(4):
+            model(x)
+        tracker.add_saturations()
+        metrics = tracker.metrics(wait=True)
+        assert tracker.metrics() == metrics
+    rows = read_spectra(savefile).to_pylist()
+    expected = {f"{stat}/train/{row['layer']}": row[stat] for row in rows for stat in STATS if row[stat] is not None}
+    assert {key: value for key, value in metrics.items() if not key.endswith("/mean")} == expected
+    assert metrics["saturation/train/mean"] == pytest.approx(np.mean([row["saturation"] for row in rows]))
+    assert tracker.metrics() == metrics, "still there after close()"
+
+
+STATS = [
+    "saturation",
+    "intrinsic_dimensionality",
+    "trace",
+    "diagonal_trace",
+    "determinant",
+    "log_determinant",
+    "effective_rank",
+    "participation_ratio",
+    "stable_rank",
+    "spectral_entropy",
+    "condition_number",
+    "alpha",
+    "noise_rank",
+]
+
+
+def test_the_training_goes_on_while_the_store_does_not_answer(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    release, asked = threading.Event(), threading.Event()
+    model = nn.Linear(4, 4)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    take = tracker.store.take
+
+    def slow_take(*args: Any) -> Any:
+        asked.set()
+        release.wait(30)
+        return take(*args)
+
+    tracker.store.take = slow_take
+    for step in range(5):
+        model(torch.randn(8, 4))
+        tracker.add_saturations(step)
+    assert asked.wait(5), "the sender is in the store's call"
+    assert not release.is_set(), "and five windows were closed meanwhile"
+    assert tracker.metrics() == {}
+    release.set()
+    assert tracker.metrics(wait=True)["saturation/train/Linear"] > 0
+    tracker.close()
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [8] * 5
+
+
+def test_a_store_that_stays_silent_is_named_and_costs_only_the_figures(
+    savefile: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(4, 4)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+
+    def dead(*args: Any) -> Any:
+        raise StoreError("the store's process has ended", final=True)
+
+    tracker.store.take = dead
+    model(torch.randn(8, 4))
+    tracker.add_saturations(step=11)
+    with pytest.raises(StoreError, match="the store's process has ended"):
+        tracker.metrics(wait=True)
+    assert not tracker.is_recording(), "nothing piles up for a store that is gone"
+    model(torch.randn(8, 4))
+    tracker.add_saturations(step=12)
+    tracker.close(timeout=5)
+    assert "ends without having delivered rows of steps [11, 12]" in caplog.text
+
+
+def test_silence_is_not_final(savefile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("delve_ray.shipping.RETRY_S", (0.01, 0.05))
+    model = nn.Linear(4, 4)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    take, calls = tracker.store.take, []
+
+    def flaky(*args: Any) -> Any:
+        calls.append(args)
+        answer = take(*args)
+        if len(calls) < 4:
+            raise StoreError("no answer in time")  # the delta was merged; the sender cannot know
+        return answer
+
+    tracker.store.take = flaky
+    model(torch.randn(8, 4))
+    tracker.add_saturations()
+    tracker.metrics(wait=True)
+    assert len(calls) == 4
+    assert all(call[0] is calls[0][0] and call[1] is calls[0][1] for call in calls), (
+        "a range that was sent never changes"
+    )
+    tracker.close()
+    (row,) = read_spectra(savefile).to_pylist()
+    assert row["samples"] == 8
+    assert "trying again" in caplog.text
+
+
+def test_live_rows_appear_before_the_window_closes(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0.05, initial_epoch=5) as tracker:
+        model(torch.randn(30, 4))
+        deadline = time.monotonic() + 20
+        while not (live := read_spectra(savefile).to_pylist() if Path(savefile, "spectra").exists() else []):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert [(row["final"], row["step"], row["samples"], row["workers"]) for row in live] == [(False, 5, 30, 0)]
+        model(torch.randn(12, 4))
+        tracker.add_saturations()
+    rows = read_spectra(savefile).to_pylist()
+    assert [(row["final"], row["step"], row["samples"], row["workers"]) for row in rows] == [(True, 5, 42, 1)]
+
+
+def test_close_publishes_what_no_window_was_closed_for(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    model(torch.randn(8, 4))
+    tracker.add_saturations(step=4)
+    model(torch.randn(5, 4))
+    tracker.close()
+    tracker.close()
+    assert [(row["step"], row["samples"], row["final"]) for row in read_spectra(savefile).to_pylist()] == [
+        (4, 8, True),
+        (5, 5, True),
+    ]
+    for method in ("add_saturations", "flush", "resume"):
+        with pytest.raises(StoreError, match=rf"{method}\(\) after close\(\)"):
+            getattr(tracker, method)()
+
+
+def test_an_exception_in_the_loop_still_publishes(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    with pytest.raises(ZeroDivisionError), SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        model(torch.randn(8, 4))
+        tracker.add_saturations()
+        model(torch.randn(8, 4))
+        raise ZeroDivisionError
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [8, 8]
+    assert not model._forward_hooks
+
+
+def test_nothing_is_left_behind(savefile: str) -> None:
+    threads = set(threading.enumerate())
+    model = cnn()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    with SaturationTracker(savefile, ["parquet", "tensorboard"], model) as tracker:
+        model(batches(1)[0])
+        tracker.add_saturations()
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    deadline = time.monotonic() + 5
+    while set(threading.enumerate()) - threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert set(threading.enumerate()) == threads
+    recorder = tracker._recorder
+    del tracker
+    gc.collect()
+    assert not recorder.recording
+
+
+def test_a_script_that_forgets_to_close_loses_nothing(savefile: str) -> None:
+    script = f"""
+import torch, delve_ray
+model = torch.nn.Linear(4, 4)
+tracker = delve_ray.SaturationTracker({savefile!r}, "parquet", model)
+model(torch.randn(8, 4))
+tracker.add_saturations()
+model(torch.randn(9, 4))
+import sys
+assert "ray" not in sys.modules, "tracking without Ray imports no Ray"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [8, 9]
+
+
+def test_reading_needs_no_torch() -> None:
+    script = "import delve_ray, sys; delve_ray.read_spectra; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+def test_stop_and_resume(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        model(torch.randn(8, 4))
+        tracker.stop()
+        assert not tracker.is_recording()
+        model(torch.randn(100, 4))
+        tracker.resume()
+        assert tracker.is_recording()
+        model(torch.randn(3, 4))
+        tracker.add_saturations()
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [11]
+
+
+def test_scalars_travel_with_the_run(savefile: str) -> None:
+    from delve_ray import read_scalars
+
+    model = nn.Linear(4, 4)
+    with SaturationTracker(savefile, ["parquet"], model, initial_epoch=2) as tracker:
+        tracker.add_scalar("accuracy", torch.tensor(0.5))
+        tracker.add_saturations()
+        tracker.add_scalar("accuracy", 0.75)
+        tracker.add_scalar("loss", np.float32(2.0), step=9)
+        for bad in ("", 3):
+            with pytest.raises(OptionError, match="non-empty string"):
+                tracker.add_scalar(bad, 1.0)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="value='high' of 'accuracy' must be a number"):
+            tracker.add_scalar("accuracy", "high")  # type: ignore[arg-type]
+    rows = sorted((row["name"], row["step"], row["value"], row["rank"]) for row in read_scalars(savefile).to_pylist())
+    assert rows == [("accuracy", 2, 0.5, 0), ("accuracy", 3, 0.75, 0), ("loss", 9, 2.0, 0)]
+
+
+def test_steps_rise(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        model(torch.randn(8, 4))
+        tracker.add_saturations(step=5)
+        model.eval()
+        model(torch.randn(6, 4))
+        tracker.add_saturations(step=5)  # train, then eval, under one step
+        model(torch.randn(6, 4))
+        for step in (5, 4):
+            with pytest.raises(OptionError, match=f"step={step} after step 5"):
+                tracker.add_saturations(step=step)
+        for wrong in (-1, 2.5, True, "6", 1 << 63):
+            with pytest.raises(OptionError, match="step="):
+                tracker.add_saturations(step=wrong)  # type: ignore[arg-type]
+        tracker.add_saturations(step=np.int64(6))  # type: ignore[arg-type]
+    rows = [(row["phase"], row["step"], row["samples"]) for row in read_spectra(savefile).to_pylist()]
+    assert sorted(rows) == [("eval", 5, 6), ("eval", 6, 6), ("train", 5, 8)]
+
+
+def test_flush_makes_complete_windows_readable(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        model(torch.randn(8, 4))
+        tracker.add_saturations()
+        tracker.flush()
+        assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [8]
+
+
+def test_nosave_writes_nothing(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    with SaturationTracker(savefile, "parquet", model, nosave=True) as tracker:
+        model(torch.randn(80, 4))
+        tracker.add_saturations()
+        assert 0 < tracker.metrics(wait=True)["saturation/train/Linear"] <= 1
+    assert not Path(savefile).exists()
+
+
+def test_several_ranks_in_one_process_meet_in_a_given_store(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    first = SaturationTracker(savefile, "parquet", model, run="shared", stats="cov", publish_every=0)
+    config = first.store.config
+    first.close()
+    from dataclasses import replace
+
+    store = CovarianceStore(replace(config, world_size=2, savefile=savefile + "-2"))
+    models = [nn.Linear(4, 4) for _ in range(2)]
+    trackers = [SaturationTracker(modules=m, store=store, rank=rank) for rank, m in enumerate(models)]
+    for rank, m in enumerate(models):
+        m(torch.randn(10 + rank, 4))
+        trackers[rank].add_saturations()
+    with pytest.raises(RegistrationError, match="rank 1 of run 'shared' is tracked already"):
+        SaturationTracker(modules=models[0], store=store, rank=1)
+    with pytest.raises(RegistrationError, match=r"brings threshold=0.5"):
+        SaturationTracker(modules=models[0], store=store, rank=1, sat_threshold=0.5)
+    metrics = [tracker.metrics(wait=True) for tracker in trackers]
+    assert metrics[0] == metrics[1]
+    for tracker in trackers:
+        tracker.close()
+    (row,) = read_spectra(savefile + "-2").to_pylist()
+    assert (row["samples"], row["workers"], row["world_size"], row["run"]) == (21, 2, 2, "shared")
+
+
+def test_a_window_that_a_rank_keeps_open_is_named(savefile: str) -> None:
+    model = nn.Linear(4, 4)
+    store_config = SaturationTracker(savefile, "parquet", model, run="r")
+    from dataclasses import replace
+
+    store = CovarianceStore(replace(store_config.store.config, world_size=3, savefile=savefile + "-2"))
+    store_config.close()
+    tracker = SaturationTracker(modules=model, store=store, rank=1)
+    tracker.add_saturations()
+    with pytest.raises(StoreError, match=r"not published after 0.1 s: ranks \[0, 2\] have not closed it"):
+        tracker.metrics(wait=True, timeout=0.1)
+    tracker.close()
+
+
+def test_run_json_says_how_the_run_was_made(savefile: str) -> None:
+    with SaturationTracker(savefile, ["parquet"], cnn(), sat_threshold=0.95):
+        pass
+    description = json.loads(Path(savefile, "run.json").read_text())
+    assert description["world_size"] == 1
+    assert description["options"]["threshold"] == 0.95
+    assert description["layers"][0] == {"name": "0", "layer_type": "Conv2d", "features": 6}
+    assert {"delve_ray", "torch", "numpy", "python"} <= set(description["versions"])
+
+
+class Unhookable(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "no layer": (
+        {"modules": Unhookable()},
+        OptionError,
+        "no layer that can be tracked; kinds with an adapter: Linear",
+    ),
+    "no module": ({"modules": 3}, OptionError, "modules=3 is a int"),
+    "modules missing": ({"modules": None}, OptionError, "modules=None"),
+    "unknown stat": ({"stats": ["lsat", "saturatoin"]}, OptionError, "saturatoin.*saturation"),
+    "unknown writer": ({"save_to": "parket"}, OptionError, "parket.*parquet"),
+    "no writer": ({"save_to": None}, OptionError, "save_to"),
+    "threshold": ({"sat_threshold": 1.5}, OptionError, "sat_threshold=1.5"),
+    "conv_method": ({"conv_method": "chanelwise"}, OptionError, "conv_method='chanelwise' is none of 'channelwise'"),
+    "timeseries": ({"timeseries_method": "all"}, OptionError, "timeseries_method='all'"),
+    "precision": ({"precision": "float16"}, OptionError, "precision='float16' is none of 'float32'"),
+    "log_interval": ({"log_interval": 0}, OptionError, "log_interval=0 must be an integer, at least 1"),
+    "initial_epoch": ({"initial_epoch": -1}, OptionError, "initial_epoch=-1"),
+    "publish_every": ({"publish_every": -3}, OptionError, "publish_every=-3"),
+    "rank": ({"rank": 2, "world_size": 2, "run": "r"}, OptionError, "rank=2 is not below world_size=2"),
+    "negative rank": ({"rank": -1}, OptionError, "rank=-1"),
+    "world": ({"world_size": 0}, OptionError, "world_size=0"),
+    "world without Ray": ({"world_size": 2, "run": "r"}, OptionError, "world_size=2 without Ray"),
+    "world without run": ({"world_size": 2}, OptionError, "run=None with world_size=2"),
+    "store": ({"store": 3}, OptionError, "store=3"),
+    "device": ({"device": "meta:x"}, OptionError, "device='meta:x'"),
+    "max_features": ({"max_features": 3}, OptionError, "max_features=3 leaves no layer"),
+    "max_memory": ({"max_memory": 1000}, OptionError, "max_memory=1000 bytes"),
+    "ignore": ({"ignore_layer_names": ["fc"]}, OptionError, "ignore_layer_names has .*fc"),
+    "ignore all": ({"ignore_layer_names": ["0", "3", "5"]}, OptionError, "leave no layer to track"),
+    "filter": ({"layer_filter": lambda layers: None}, OptionError, "layer_filter must return"),
+    "savefile": ({"savefile": 7}, OptionError, "savefile=7"),
+    "max_samples": ({"max_samples": 5}, NotImplementedError, "max_samples=5 is not built yet"),
+    "max_overhead": ({"max_overhead": 0.02}, NotImplementedError, "max_overhead=0.02"),
+    "verbose": ({"verbose": True}, NotImplementedError, "verbose=True"),
+    "reset": ({"reset_covariance": False}, NotImplementedError, "reset_covariance=False"),
+    "interpolation": ({"interpolation_strategy": "nearest"}, NotImplementedError, "interpolation_strategy='nearest'"),
+    "mean": ({"conv_method": "mean"}, NotImplementedError, "conv_method='mean' is not built yet"),
+    "csv": ({"save_to": ["parquet", "csv"]}, NotImplementedError, "csv"),
+    "embed": ({"stats": ["embed"]}, NotImplementedError, "embed"),
+    "tf32": ({"precision": "tf32"}, NotImplementedError, "precision='tf32'"),
+    "writer_args": ({"writer_args": {"a": 1}}, NotImplementedError, "writer_args"),
+    "layers": ({"layers": ["0"]}, NotImplementedError, "layers="),
+    "resume": ({"resume": True}, NotImplementedError, "resume=True"),
+    "name": ({"name": "teacher"}, NotImplementedError, "name='teacher'"),
+    "compiled": ({"modules": torch.compile(nn.Linear(2, 2), backend="eager")}, NotImplementedError, "compiled module"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_a_bad_option_is_refused_at_construction(case: str, savefile: str) -> None:
+    options, error, message = BAD_OPTIONS[case]
+    model = cnn()
+    threads = threading.active_count()
+    arguments = {"savefile": savefile, "save_to": "parquet", "modules": model, **options}
+    with pytest.raises(error, match=message):
+        SaturationTracker(**arguments)
+    assert all(not module._forward_hooks for module in model.modules()), "no hook is left"
+    assert threading.active_count() == threads, "no thread is left"
+    assert not Path(savefile).exists(), "no file is left"
+
+
+def test_an_unwritable_savefile_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OptionError, match="savefile"):
+        SaturationTracker(tmp_path / "file" / "run", "parquet", cnn())
+
+
+def test_wide_layers_are_left_out_by_name(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), SaturationTracker(savefile, "parquet", cnn(), max_features=10) as tracker:
+        assert tracker.layers == ("0", "5")
+    assert "layer 3 has 20 features and is left out; raise max_features=10" in caplog.text
+    assert "recording 2 layers takes up to" in caplog.text
+
+
+def test_float64_products(savefile: str) -> None:
+    model = nn.Linear(30, 20).double()
+    x = torch.randn(500, 30, dtype=torch.float64)
+    with SaturationTracker(savefile, "parquet", model, stats="cov", precision="float64") as tracker:
+        output = model(x).detach().numpy()
+        tracker.add_saturations()
+    (row,) = read_covariances(savefile).to_pylist()
+    reference = np.cov(output.T, bias=True)
+    assert np.abs(unpack_triangle(row["covariance"], 20) - reference).max() < 1e-14 * np.linalg.eigvalsh(reference)[-1]
