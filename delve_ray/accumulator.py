@@ -40,9 +40,18 @@ _GROUPS = 32
 """Groups whose means wait before they are folded into the float64 sums."""
 _LARGEST = 1e140
 """Values beyond it count as non-finite: their squares leave float64 as soon as they are summed."""
-_TINY_SQUARE = 1e-30
-"""Below this the squares of a float32 product fall into the subnormal numbers and lose digits."""
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+_SQUARES = {torch.float32: (1e-30, _FLOAT32_MAX), torch.float64: (0.0, float(np.finfo(np.float64).max))}
+"""Between these a product's largest sum of squares is right: below, float32 squares are subnormal and lose digits."""
+_CENTRE_NOISE = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-52}
+"""Relative error of a computed mean. A spread below it is made of the mean's own rounding: a constant feature's
+would not be zero."""
+_HALF = (torch.bfloat16, torch.float16)
+"""Their groups are centred by a value of the same type: differences then have so few digits that, where the type
+leaves only a few distinct values, float32 sums of their products are exact. Sums of few distinct products else
+round the same way at every step (bfloat16 at mean/spread 100: 2e-6 of λ1)."""
+_LARGEST_SCALING = 100
+"""Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
 
 
 class BlockPlan:
@@ -197,37 +206,46 @@ class Accumulator:
     # --- one group ---------------------------------------------------------------------------------------
 
     def _add_checked(self, x: Tensor) -> None:
-        """A group on the CPU: look at the mean, which is non-finite as soon as any value is."""
+        """A group on the CPU: look at the mean, which is non-finite as soon as any value is, and at the product."""
         wide = x.dtype == torch.float64
-        leading = tuple(range(x.dim() - 1))
-        centre = x.mean(leading, dtype=torch.float64 if wide else torch.float32)
-        total = centre.abs().sum().item()
-        if not total < (_LARGEST if wide else _FLOAT32_MAX):
-            self._add_irregular(x.reshape(-1, self.features))
-            return
-        self._add_centred(x, centre, x.numel() // self.features, self.precision)
+        centre = x.mean(tuple(range(x.dim() - 1)), dtype=torch.float64 if wide else torch.float32)
+        if x.dtype in _HALF:
+            centre = centre.to(x.dtype).float()
+        offset = centre.abs().amax().item()
+        n = x.numel() // self.features
+        if offset < (_LARGEST if wide else _FLOAT32_MAX):
+            centred, residual = self._centre(x, centre, n, self.precision)
+            product_np = self._product(centred)[0].numpy()
+            largest = float(product_np[self._plan.diagonal].max())
+            smallest, most = _SQUARES[self.precision]
+            noise = n * (_CENTRE_NOISE[centre.dtype] * offset) ** 2
+            if max(smallest, noise) < largest < most or not (wide or centred.any()):
+                self._keep(n, centre, residual, product_np)
+                return
+        self._add_irregular(x.reshape(n, self.features))
 
     def _add_irregular(self, rows: Tensor) -> None:
-        """A group with non-finite or huge values: leave out and count the bad rows, take the others in float64."""
+        """A group that float32 or a rounded mean cannot do: leave out and count the bad rows, take the others in float64.
+
+        The first row is subtracted before the mean is taken, so that identical rows have no variance at all.
+        """
         good = (rows.abs() <= _LARGEST).all(dim=1)  # false for NaN, too
         n = int(good.sum())
         self._dropped += rows.shape[0] - n
         if n:
             kept = rows[good].double()
-            self._add_centred(kept, kept.mean(0), n, torch.float64)
+            centre = kept[0] + (kept - kept[0]).mean(0)
+            centred, residual = self._centre(kept, centre, n, torch.float64)
+            self._keep(n, centre, residual, self._product(centred)[0].numpy())
 
-    def _add_centred(self, x: Tensor, centre: Tensor, n: int, dtype: torch.dtype) -> None:
+    def _centre(self, x: Tensor, centre: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Centred rows, shape (n, D), in scratch memory, and their sum."""
         centred = self.workspace.rows(x.shape, dtype)
-        torch.sub(x, centre, out=centred)
+        torch.sub(x, centre.to(dtype) if dtype == torch.float64 else centre, out=centred)
         centred = centred.view(n, self.features)
-        residual = centred.sum(0)
-        product, _ = self._product(centred)
-        product_np = product.numpy()
-        if dtype == torch.float32:
-            largest = float(product_np[self._plan.diagonal].max())
-            if not _TINY_SQUARE < largest < _FLOAT32_MAX and bool(centred.any()):
-                self._add_centred(x.double(), centre.double(), n, torch.float64)
-                return
+        return centred, centred.sum(0)
+
+    def _keep(self, n: int, centre: Tensor, residual: Tensor, product_np: npt.NDArray[Any]) -> None:
         np.add(self._sums_np, product_np, out=self._sums_np)
         slot = self._slot()
         self._counts_np[slot] = n
@@ -240,22 +258,26 @@ class Accumulator:
         Rows are scaled by a power of two before they are squared, so that no float32 product overflows or
         vanishes, and the product is scaled back in float64.
         """
-        dtype = self.precision
+        dtype = torch.float64 if x.dtype == torch.float64 else self.precision
         rows = self.workspace.rows(x.shape, dtype).copy_(x).view(-1, self.features)
         largest = _LARGEST if dtype == torch.float64 else _FLOAT32_MAX
         good = (rows.abs() <= largest).all(dim=1, keepdim=True)
         n = good.sum(dtype=torch.int64)
         self._dropped += rows.shape[0] - n
         rows.masked_fill_(~good, 0.0)
-        _, exponent = torch.frexp(rows.abs().amax())
+        exponent = torch.frexp(rows.abs().amax())[1].clamp(min=-_LARGEST_SCALING)
         down = torch.ldexp(torch.ones((), dtype=dtype, device=x.device), -exponent)
+        up = torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
         rows.mul_(down)
         at_least_one = n.clamp(min=1)
-        centre = rows.sum(0) / at_least_one
+        # Summed in float64, so that the mean of identical rows is that row.
+        mean = rows.sum(0, dtype=torch.float64) / at_least_one
+        if x.dtype in _HALF:
+            mean = (mean * up).to(x.dtype).double() / up
+        centre = mean.to(dtype)
         rows.sub_(centre).masked_fill_(~good, 0.0)
         residual = rows.sum(0).double() / at_least_one
         _, blocks = self._product(rows)
-        up = torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
         for total, block in zip(self._blocks, blocks, strict=True):
             total.addcmul_(block.double(), up * up)
         slot = self._slot()

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed
@@ -98,7 +98,7 @@ def join(identity: Identity, config: StoreConfig) -> Store:
                 f"world_size={identity.world_size} without Ray: call ray.init() before the tracker, in every rank and "
                 f"with the address of one cluster, or give a tracker to rank 0 alone, with world_size=1"
             )
-        return CovarianceStore(config)
+        return CovarianceStore(replace(config, silent_after=0.0))  # it ends with this process
     from delve_ray.store import actor
 
     handle = actor.start(config) if identity.rank == 0 else actor.find(identity.run, actor.FIND_TIMEOUT_S)

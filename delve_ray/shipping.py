@@ -68,6 +68,7 @@ class Shipper:
         self._busy = False
         self._stopping = False
         self._fetched = 0
+        self._lost_steps: set[int] = set()
         # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
         self._state = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="delve_ray-sender", daemon=True)
@@ -112,8 +113,8 @@ class Shipper:
     def undelivered(self) -> str:
         """In words, what is still here."""
         with self._state:
-            steps = sorted({item.step for item in self._queue if item.closes})
-            return f"windows of steps {steps}, {len(self._scalars)} scalars" if steps or self._scalars else "nothing"
+            steps = sorted(self._lost_steps | {item.step for item in self._queue})
+            return f"rows of steps {steps}, {len(self._scalars)} scalars"
 
     # --- the sender's thread -----------------------------------------------------------------------------------
 
@@ -154,22 +155,27 @@ class Shipper:
 
     def _work(self, item: _Pending | None, scalars: list[Scalar]) -> None:
         if self.lost is not None:
+            self._lost_steps |= {item.step} if item else set()
             return  # said once, where it was lost
         try:
             if item is not None:
+                self._lost_steps.add(item.step)
                 delta, buffer = self._pack(item)
                 self._persist(lambda: self.store.take(delta, buffer))
                 self._seq += 1
+                self._lost_steps.discard(item.step)
             if scalars:
                 self._persist(lambda: self.store.add_scalars(scalars))
         except Exception as error:  # the training goes on, whatever happens here
             self._lose(f"{type(error).__name__}: {error}")
 
     def _lose(self, why: str) -> None:
+        """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
+        self.recorder.recording = False
         with self._state:
             self.lost = why
             self._state.notify_all()
-        log.error("rank %d of run %s cannot deliver its moments: %s", self.source.rank, self.source.run, why)
+        log.error("rank %d of run %s cannot deliver its moments and records no more: %s", self.source.rank, self.source.run, why)
 
     def _pack(self, item: _Pending) -> tuple[Delta, F64]:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""

@@ -144,6 +144,19 @@ class Storage:
         with self._filesystem.open_output_stream(path, compression=None) as stream:
             stream.write(data)
 
+    def write_new(self, relative: str, data: bytes | pa.Buffer) -> bool:
+        """Like `write_atomic`, but only where there is no file of that name; False when there is one.
+
+        Of several processes that try it locally at the same time one succeeds. Object stores have no such
+        operation: there the check comes before the write.
+        """
+        if self.is_local:
+            return _write_local(self.path(relative), data, replace=False)
+        if self.exists(relative):
+            return False
+        self.write_atomic(relative, data)
+        return True
+
     def open_input(self, relative: str) -> pa.NativeFile:
         """A file open for random access; FileNotFoundError when it is not there."""
         return self._filesystem.open_input_file(self.path(relative))
@@ -183,8 +196,8 @@ class Storage:
             self._filesystem.delete_file(self.path(relative))
 
 
-def _write_local(path: str, data: bytes | pa.Buffer) -> None:
-    """Write through a temporary name; whatever goes wrong, nothing of it stays."""
+def _write_local(path: str, data: bytes | pa.Buffer, *, replace: bool = True) -> bool:
+    """Write through a temporary name; whatever goes wrong, nothing of it stays. Whether the file is ours."""
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
     # The name is cut because the temporary one must fit into 255 bytes, too.
@@ -194,12 +207,17 @@ def _write_local(path: str, data: bytes | pa.Buffer) -> None:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
+        if replace:
+            os.replace(temporary, path)
+        else:
+            os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        with suppress(FileNotFoundError):
             os.unlink(temporary)
-        raise
     _sync_directory(parent)
+    return True
 
 
 def _sync_directory(path: str) -> None:

@@ -306,7 +306,7 @@ class SaturationTracker:
         self._close(CLOSE_TIMEOUT_S, completed=kind is None or self._in_process)
 
     def _close(self, timeout: float, *, completed: bool) -> None:
-        if self._closed:
+        if self._closed or os.getpid() != self._source.pid:  # a forked child has no sender and nothing to deliver
             return
         self._closed = True
         atexit.unregister(self.close)

@@ -212,3 +212,21 @@ def test_temporary_names_do_not_depend_on_the_temporary_directory(tmp_path, monk
     monkeypatch.setattr(tempfile, "tempdir", "/nonexistent")
     Storage(tmp_path).write_atomic("x", b"1")
     assert os.listdir(tmp_path) == ["x"]
+
+
+def test_of_many_who_write_a_new_file_one_succeeds(tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    storage = Storage(tmp_path / "run")
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda who: storage.write_new("run.json", str(who).encode()), range(32)))
+    assert sum(written) == 1
+    assert storage.read_bytes("run.json") == str(written.index(True)).encode()
+    assert os.listdir(tmp_path / "run") == ["run.json"], "no temporary file is left"
+
+
+def test_a_new_file_on_another_filesystem() -> None:
+    storage = Storage("mock://bucket/run")
+    assert storage.write_new("run.json", b"one")
+    assert not storage.write_new("run.json", b"two")
+    assert storage.read_bytes("run.json") == b"one"

@@ -1,4 +1,4 @@
-"""Rows and windows as the store publishes them, small and with values that tell them apart."""
+"""Rows, windows and runs as the store publishes them, small and with values that tell them apart."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from delve_ray.analysis import read_spectra
 from delve_ray.schema import LayerRow, PublishedWindow
+from delve_ray.storage import Storage
 from delve_ray.writers.base import Scalar
+from delve_ray.writers.parquet import ParquetWriter
 
 START = datetime(2024, 5, 6, 7, 8, 9, 123456, tzinfo=UTC)
+COVARIANCE = np.array([1.0, 0.5, 0.25, 2.0, -0.5, 3.0])
 HOSTILE_NAMES = ("../x", "<b>", "mean", "größe/层", "two words", "a/b", "/root", "a\nb", "%2e", "")
 
 
@@ -54,3 +58,20 @@ def scalar(name: str = "loss", value: float = 1.5, **changes: Any) -> Scalar:
 
 def later(seconds: float) -> datetime:
     return START + timedelta(seconds=seconds)
+
+
+def publish(path, layers=("a", "b"), *, value=0.5, phases=("train",), covariance=False, **changes):
+    """Write one window by a writer of its own, as a restarted store would: older revisions stay."""
+    rows = [
+        layer_row(name, phase, stats={"saturation": value}, covariance=COVARIANCE * value if covariance else None)
+        for phase in phases
+        for name in layers
+    ]
+    changes.setdefault("window", changes.get("step", 0))
+    ParquetWriter(Storage(path)).write(window(rows, **changes))
+
+
+def found(path, *columns, read=read_spectra, **options):
+    """The rows that a reader gives, as tuples."""
+    table = read(path, columns=columns or ("step", "layer", "saturation"), **options)
+    return [tuple(row.values()) for row in table.to_pylist()]

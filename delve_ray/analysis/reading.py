@@ -70,8 +70,8 @@ def read_covariances(
     """The means and packed covariances of one or several runs; everything else as in `read_spectra`.
 
     `covariance` is the upper triangle, row-major, d(d+1)/2 values in float64;
-    `delve_ray.moments.unpack_triangle` makes a matrix of it. A step that a later attempt or revision published without covariances has none: those of before
-    describe other observations than its spectra.
+    `delve_ray.moments.unpack_triangle` makes a matrix of it. A step that a later attempt or revision
+    published without covariances has none: those of before describe other observations than its spectra.
     """
     return _read(COVARIANCES, paths, columns, filters)
 

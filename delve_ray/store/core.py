@@ -130,12 +130,11 @@ class CovarianceStore:
         else:
             storage = Storage(self.config.savefile)
             storage.prepare()
-            if storage.exists("run.json"):
+            writers = make_writers(self.config.save_to, storage)
+            if not storage.write_new("run.json", describe_run(self.config, layers)):
                 raise OptionError(
                     f"savefile={self.config.savefile!r} holds a run already; choose another savefile or remove that one"
                 )
-            writers = make_writers(self.config.save_to, storage)
-            storage.write_atomic("run.json", describe_run(self.config, layers))
         self._layers = list(layers)
         self._publisher = Publisher(self.config, layers, writers, self._due_windows)
 
@@ -257,7 +256,7 @@ class CovarianceStore:
         now = time.monotonic()
         with self._lock:
             silence = now - max((member.heard for member in self._members.values()), default=now)
-            if silence > self.config.silent_after and not self._ending:
+            if 0 < self.config.silent_after < silence and not self._ending:
                 log.warning(
                     "run %s is ended: none of its workers was heard of for %.0f s; what had arrived is published",
                     self.config.run,

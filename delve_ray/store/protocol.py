@@ -31,7 +31,7 @@ class StoreConfig:
         threshold: δ of the intrinsic dimensionality.
         publish_every: seconds between live publications of an open window, 0 for none.
         product_eps: machine epsilon of the products, below which eigenvalues are rounding.
-        silent_after: seconds without any sign of life from any source after which the run is ended.
+        silent_after: seconds without any sign of life from any source after which the run is ended, 0 for never.
     """
 
     run: str

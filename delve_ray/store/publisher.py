@@ -143,8 +143,8 @@ class Publisher:
     def _publish(self, job: Job) -> None:
         rows: list[LayerRow] = []
         for (index, phase), entry in job.entries:
-            n, nonfinite, mean, packed = entry.snapshot(final=job.final)
             try:
+                n, nonfinite, mean, packed = entry.snapshot(final=job.final)
                 rows.append(layer_row(self.layers[index], PHASES[phase], n, nonfinite, mean, packed, self.config))
             except Exception as error:  # one layer's decomposition must not cost the others their rows
                 self._problem(f"layer {self.layers[index].name}, step {job.step}: {type(error).__name__}: {error}")

@@ -10,9 +10,7 @@ import pytest
 from delve_ray.schema import COVARIANCES_SCHEMA, SCALAR_STATS, SCALARS_SCHEMA, SPECTRA_SCHEMA, VERSION_KEY
 from delve_ray.storage import Storage
 from delve_ray.writers.parquet import ParquetWriter, covariances_table
-from tests.windows import HOSTILE_NAMES, START, layer_row, scalar, window
-
-COVARIANCE = np.array([1.0, 0.5, 0.25, 2.0, -0.5, 3.0])
+from tests.windows import COVARIANCE, HOSTILE_NAMES, START, layer_row, scalar, window
 
 
 @pytest.fixture

@@ -109,6 +109,11 @@ def test_bins_count_every_eigenvalue_and_line_up(decades):
         assert below == np.count_nonzero(logs < limit)
 
 
+@pytest.mark.parametrize(("decades", "bins"), [(6.35, 64), (6.45, 33)])
+def test_bins_widen_where_there_would_be_too_many(decades, bins):
+    assert len(spectrum_histogram(np.array([10.0**decades, 1.0]))["bucket"]) == bins
+
+
 @pytest.mark.parametrize("name", HOSTILE_NAMES)
 def test_tags_are_the_keys_to_the_letter(tmp_path, writer, name):
     row = layer_row(name, stats={"saturation": 0.5})
