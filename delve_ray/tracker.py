@@ -303,7 +303,7 @@ class SaturationTracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # An exception may be the reason for a restart: the run stays open for the next attempt.
-        self._close(CLOSE_TIMEOUT_S, completed=kind is None or self._in_process)
+        self._close(CLOSE_TIMEOUT_S, completed=kind is None)
 
     def _close(self, timeout: float, *, completed: bool) -> None:
         if self._closed or os.getpid() != self._source.pid:  # a forked child has no sender and nothing to deliver
@@ -312,8 +312,11 @@ class SaturationTracker:
         atexit.unregister(self.close)
         deadline = time.monotonic() + timeout
         self._recorder.close()
-        if self._recorder.phases():
+        completed = completed or self._in_process  # there is no next attempt for a store in this process
+        if completed and self._recorder.phases():
             self._shipper.close_window(self._next_step)
+        elif self._recorder.phases():
+            self._shipper.queue_live()
         delivered = self._shipper.stop(timeout)
         if not delivered:
             log.error(
@@ -325,7 +328,7 @@ class SaturationTracker:
             )
         store = self._store
         try:
-            if not store.leave(self._source, completed=completed and delivered).finished:
+            if not store.leave(self._source, completed=self._in_process or (completed and delivered)).finished:
                 return
             if not store.wait_finished(max(1.0, deadline - time.monotonic())):
                 log.error("run %s: the files are not complete after %g s; its store goes on", self._source.run, timeout)

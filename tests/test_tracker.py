@@ -19,7 +19,7 @@ from torch import nn
 
 from delve_ray import OptionError, RegistrationError, SaturationTracker, StoreError, read_covariances, read_spectra
 from delve_ray.moments import unpack_triangle
-from delve_ray.store.core import CovarianceStore
+from delve_ray.store import CovarianceStore, StoreConfig
 
 
 def cnn() -> nn.Sequential:
@@ -335,13 +335,8 @@ def test_nosave_writes_nothing(savefile: str) -> None:
 
 
 def test_several_ranks_in_one_process_meet_in_a_given_store(savefile: str) -> None:
-    model = nn.Linear(4, 4)
-    first = SaturationTracker(savefile, "parquet", model, run="shared", stats="cov", publish_every=0)
-    config = first.store.config
-    first.close()
-    from dataclasses import replace
-
-    store = CovarianceStore(replace(config, world_size=2, savefile=savefile + "-2"))
+    config = StoreConfig(run="shared", savefile=savefile, world_size=2, stats=("saturation", "cov"), publish_every=0)
+    store = CovarianceStore(config)
     models = [nn.Linear(4, 4) for _ in range(2)]
     trackers = [SaturationTracker(modules=m, store=store, rank=rank) for rank, m in enumerate(models)]
     for rank, m in enumerate(models):
@@ -355,18 +350,13 @@ def test_several_ranks_in_one_process_meet_in_a_given_store(savefile: str) -> No
     assert metrics[0] == metrics[1]
     for tracker in trackers:
         tracker.close()
-    (row,) = read_spectra(savefile + "-2").to_pylist()
+    (row,) = read_spectra(savefile).to_pylist()
     assert (row["samples"], row["workers"], row["world_size"], row["run"]) == (21, 2, 2, "shared")
 
 
 def test_a_window_that_a_rank_keeps_open_is_named(savefile: str) -> None:
-    model = nn.Linear(4, 4)
-    store_config = SaturationTracker(savefile, "parquet", model, run="r")
-    from dataclasses import replace
-
-    store = CovarianceStore(replace(store_config.store.config, world_size=3, savefile=savefile + "-2"))
-    store_config.close()
-    tracker = SaturationTracker(modules=model, store=store, rank=1)
+    store = CovarianceStore(StoreConfig(run="r", savefile=savefile, world_size=3))
+    tracker = SaturationTracker(modules=nn.Linear(4, 4), store=store, rank=1)
     tracker.add_saturations()
     with pytest.raises(StoreError, match=r"not published after 0.1 s: ranks \[0, 2\] have not closed it"):
         tracker.metrics(wait=True, timeout=0.1)
@@ -471,3 +461,19 @@ def test_float64_products(savefile: str) -> None:
     (row,) = read_covariances(savefile).to_pylist()
     reference = np.cov(output.T, bias=True)
     assert np.abs(unpack_triangle(row["covariance"], 20) - reference).max() < 1e-14 * np.linalg.eigvalsh(reference)[-1]
+
+
+def test_a_worker_that_fails_leaves_its_window_open_for_the_next_attempt(savefile: str) -> None:
+    """With a store that outlives the worker, an exception detaches: rows so far arrive, the window stays open."""
+    model = nn.Linear(4, 4)
+    config = StoreConfig(
+        run="r", savefile=savefile, world_size=1, save_to=("parquet",), publish_every=0, silent_after=0
+    )
+    store = CovarianceStore(config)
+    with pytest.raises(ZeroDivisionError), SaturationTracker(modules=model, store=store):
+        model(torch.randn(8, 4))
+        raise ZeroDivisionError
+    status = store.status()
+    assert (status["open_windows"], status["published"], status["finished"]) == ([0], 0, False)
+    assert status["ranks"][0]["deltas"] == 1
+    assert not model._forward_hooks
