@@ -52,9 +52,12 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("delve_ray")
+        try:
+            return version("delve_ray")
+        except PackageNotFoundError as error:
+            raise AttributeError("delve_ray is imported from a directory and not installed: no version") from error
     if name not in _HOMES:
         raise AttributeError(f"module 'delve_ray' has no attribute {name!r}")
     return getattr(import_module(f"delve_ray.{_HOMES[name]}"), name)

@@ -1,0 +1,220 @@
+"""The table of layers: a run's last window, or another one, as text."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from delve_ray.analysis.windows import check_phase, distinct, network_order, require_columns, select_windows
+
+WIDTH = 80
+"""Columns of text, unless said otherwise."""
+NOTHING_YET = "No window is published yet."
+
+_COLUMNS = (
+    *("run", "phase", "step", "layer", "layer_type", "features", "samples", "nonfinite_rows"),
+    *("workers", "world_size", "final", "threshold", "intrinsic_dimensionality", "saturation"),
+)
+_MIN_BAR, _MAX_BAR = 5, 20
+_MIN_NAME = 8
+_MAX_TYPE = 8
+_ABSENT = "–"
+
+Row = Mapping[str, Any]
+"""One row of the spectra, by column."""
+
+
+def layer_table(spectra: pa.Table, *, step: int | None = None, phase: str | None = None, width: int = WIDTH) -> str:
+    """A run's layers in network order: width, observations, intrinsic dimensionality and saturation of each.
+
+    Args:
+        spectra: What `read_spectra` returned; several runs give one table each, headed by the run.
+        step: Show this step's windows; by default the last of each phase.
+        phase: "train" or "eval"; by default both, beside each other.
+        width: Columns of text to fit into. Bars shrink first, then names of layers are abbreviated.
+
+    Returns:
+        Lines without a trailing newline. The line `mean` is the unweighted mean over layers, as in the metrics.
+        Below the table stand what was left out, and who is missing, where there is anything to say.
+
+    Raises:
+        ReadError: a column is missing, or the step or phase has no rows.
+    """
+    require_columns(spectra, _COLUMNS)
+    check_phase(phase)
+    spectra = spectra.select(_COLUMNS)
+    runs = distinct(spectra.column("run"))
+    if not runs:
+        return NOTHING_YET
+    tables = [_run_table(spectra.filter(pc.field("run") == run), step, phase, width) for run in runs]
+    if len(runs) == 1:
+        return tables[0]
+    return "\n\n".join(f"run {run}\n{table}" for run, table in zip(runs, tables, strict=True))
+
+
+def _run_table(spectra: pa.Table, step: int | None, phase: str | None, width: int) -> str:
+    windows: dict[str, dict[str, Row]] = {}
+    steps = select_windows(spectra, step, phase)
+    for name, shown in steps.items():
+        rows = spectra.filter((pc.field("phase") == name) & (pc.field("step") == shown)).to_pylist()
+        windows[name] = {row["layer"]: row for row in rows}
+    layers = [layer for layer in network_order(spectra) if any(layer in rows for rows in windows.values())]
+    lines = _lay_out(layers, windows, steps, width)
+    return "\n".join(line.rstrip() for line in [*lines, *_notes(windows)])
+
+
+def _lay_out(
+    layers: Sequence[str], windows: Mapping[str, Mapping[str, Row]], steps: Mapping[str, int], width: int
+) -> list[str]:
+    """Heading, one line per layer, and the mean; columns as wide as they must be, the bars take what is left."""
+    # Of a phase: a gap of 2, samples 7, dimension 4, the bar, per cent 4, and a space between each.
+    room = width - len(" features") - len(windows) * (2 + 7 + 1 + 4 + 1 + 1 + 4)
+    rows_of = {layer: next(rows[layer] for rows in windows.values() if layer in rows) for layer in layers}
+    left, room = _left_columns(rows_of, room, len(windows) * _MIN_BAR)
+    bar_width = min(_MAX_BAR, max(_MIN_BAR, room // len(windows)))
+
+    phase_width = 7 + 1 + 4 + 1 + bar_width + 1 + 4
+    titles = [f" {name}, step {steps[name]} ".center(phase_width, "─") for name in windows]
+    heads = [f"{'samples':>7} {'dim':>4} {'saturation':<{bar_width + 5}}"] * len(windows)
+    lines = ["  ".join([" " * len(left[0]), *titles]), "  ".join([left[0], *heads])]
+    for layer, described in zip(layers, left[1:], strict=True):
+        cells = [_cell(rows.get(layer), bar_width) for rows in windows.values()]
+        lines.append("  ".join([described, *cells]))
+    means = [f"{'':12} {_saturation(mean_saturation(rows.values()), bar_width)}" for rows in windows.values()]
+    return [*lines, "  ".join(["mean".ljust(len(left[0])), *means])]
+
+
+def _left_columns(rows: Mapping[str, Row], room: int, bars: int) -> tuple[list[str], int]:
+    """Name, type and features of each layer below their heading, and the room that they leave for the bars.
+
+    `room` is for name, type and bars, which want `bars` at least. Where not even abbreviated names fit beside the
+    types, the types go.
+    """
+    types = [shorten(printable(str(row["layer_type"] or _ABSENT)), _MAX_TYPE) for row in rows.values()]
+    type_width = 1 + max(map(len, [*types, "type"]))
+    if max(len(abbreviate(layer, 0)) for layer in rows) > room - bars - type_width:
+        types, type_width = [""] * len(types), 0
+    longest = max(map(len, [*map(printable, rows), "layer"]))
+    name_width = min(longest, max(_MIN_NAME, room - bars - type_width))
+    lines = [f"{'layer':<{name_width}}{' type'[:type_width]:<{type_width}} features"]
+    for (layer, row), kind in zip(rows.items(), types, strict=True):
+        described = f" {kind}" if type_width else ""
+        name = shorten_layer(layer, name_width)
+        lines.append(f"{name:<{name_width}}{described:<{type_width}} {_count(row['features']):>8}")
+    return lines, room - name_width - type_width
+
+
+def _cell(row: Row | None, bar_width: int) -> str:
+    """What one layer did in one phase."""
+    if row is None:
+        return f"{_ABSENT:>7} {_ABSENT:>4} {_saturation(None, bar_width)}"
+    dimension = row["intrinsic_dimensionality"]
+    shown = _ABSENT if dimension is None else str(dimension)
+    return f"{_count(row['samples']):>7} {shown:>4} {_saturation(row['saturation'], bar_width)}"
+
+
+def _saturation(share: float | None, bar_width: int) -> str:
+    """A share as a bar and per cent."""
+    if share is None or not math.isfinite(share):
+        return f"{'':{bar_width}} {_ABSENT:>4}"
+    return f"{bar(share, bar_width)} {share:>4.0%}"
+
+
+def bar(share: float, width: int) -> str:
+    """A share in [0, 1] of `width` characters, to half a character; more than nothing is never drawn as nothing.
+
+    >>> bar(0.55, 10), bar(0.0, 4), bar(0.001, 4)
+    ('━━━━━╸────', '────', '╸───')
+    """
+    halves = round(min(max(share, 0.0), 1.0) * 2 * width)
+    if share > 0:
+        halves = max(halves, 1)
+    return ("━" * (halves // 2) + "╸" * (halves % 2)).ljust(width, "─")
+
+
+def mean_saturation(rows: Iterable[Row]) -> float | None:
+    """The unweighted mean over the rows whose saturation is finite; None without any."""
+    values = [row["saturation"] for row in rows if row["saturation"] is not None and math.isfinite(row["saturation"])]
+    return sum(values) / len(values) if values else None
+
+
+def shorten_layer(name: str, width: int) -> str:
+    """A layer's name in `width` characters: abbreviated, and if that is still too long, without its beginning."""
+    short = abbreviate(printable(name), width)
+    return short if len(short) <= width else "…" + short[len(short) - width + 1 :]
+
+
+def abbreviate(name: str, width: int) -> str:
+    """A dotted name whose parts, from the left, lose all but their first letter and number until it fits.
+
+    Numbers stay, because they tell layers apart, and so does the last part.
+
+    >>> abbreviate("model.layers.31.self_attn.q_proj", 24), abbreviate("layer4.1.downsample.0", 10)
+    ('m.l.31.self_attn.q_proj', 'l4.1.d.0')
+    """
+    parts = name.split(".")
+    for index, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        number = re.search(r"\d*$", part)
+        parts[index] = part if part.isdigit() else part[:1] + (number[0] if number else "")
+    return ".".join(parts)
+
+
+def shorten(text: str, width: int) -> str:
+    """A text in `width` characters; what is too long loses its end.
+
+    >>> shorten("NonDynamicallyQuantizableLinear", 8)
+    'NonDyna…'
+    """
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def printable(text: str) -> str:
+    r"""The text with what would break a line or steer a terminal escaped.
+
+    >>> printable("a\nb")
+    'a\\nb'
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _count(number: int | None) -> str:
+    """A count in at most seven characters.
+
+    >>> _count(45824), _count(1_234_567), _count(98_765_432_100)
+    ('45824', '1234567', '98.8G')
+    """
+    if number is None:
+        return _ABSENT
+    if number < 10**7:
+        return str(number)
+    for unit in "MGTP":
+        number_of = number / 1000 ** ("MGTP".index(unit) + 2)
+        if number_of < 999.95:
+            return f"{number_of:.1f}{unit}"
+    return f"{number:.1e}"
+
+
+def _notes(windows: Mapping[str, Mapping[str, Row]]) -> list[str]:
+    """What the numbers mean, and in which windows something is missing."""
+    rows = [row for layers in windows.values() for row in layers.values()]
+    shares = [f"{100 * value:g} %" for value in sorted({row["threshold"] for row in rows if row["threshold"]})]
+    notes = [f"dim: dimensions that hold {' or '.join(shares) or 'δ'} of the variance; saturation: dim / features"]
+    for phase, layers in windows.items():
+        if any(row["final"] is False for row in layers.values()):
+            notes.append(f"{phase}: live, the window is still open")
+        closed = [(row["workers"], row["world_size"]) for row in layers.values() if row["workers"] is not None]
+        workers, world_size = min(closed, default=(None, None))
+        if workers is not None and world_size is not None and workers < world_size:
+            notes.append(f"{phase}: {workers} of {world_size} workers have closed the window")
+        if left_out := {layer: row["nonfinite_rows"] for layer, row in layers.items() if row["nonfinite_rows"]}:
+            first = ", ".join(f"{printable(layer)} {count}" for layer, count in list(left_out.items())[:3])
+            more = f" and {len(left_out) - 3} more layers" if len(left_out) > 3 else ""
+            notes.append(f"{phase}: non-finite rows left out: {first}{more}")
+    return notes
