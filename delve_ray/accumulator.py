@@ -46,10 +46,6 @@ _SQUARES = {torch.float32: (1e-30, _FLOAT32_MAX), torch.float64: (0.0, float(np.
 _CENTRE_NOISE = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-52}
 """Relative error of a computed mean. A spread below it is made of the mean's own rounding: a constant feature's
 would not be zero."""
-_HALF = (torch.bfloat16, torch.float16)
-"""Their groups are centred by a value of the same type: differences then have so few digits that, where the type
-leaves only a few distinct values, float32 sums of their products are exact. Sums of few distinct products else
-round the same way at every step (bfloat16 at mean/spread 100: 2e-6 of λ1)."""
 _LARGEST_SCALING = 100
 """Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
 
@@ -148,11 +144,14 @@ def _ieee_products(device: torch.device) -> Iterator[None]:
             return
         yield
         return
+    # What comes from a wider setting is given back as such, so that it goes on following it.
+    backend.fp32_precision = "none"
+    inherited = backend.fp32_precision == chosen
     backend.fp32_precision = "ieee"
     try:
         yield
     finally:
-        backend.fp32_precision = chosen
+        backend.fp32_precision = "none" if inherited else chosen
 
 
 class Accumulator:
@@ -178,6 +177,8 @@ class Accumulator:
         self._means = _zeros((_GROUPS + 1, features), workspace.device)
         self._residuals = _zeros((_GROUPS + 1, features), workspace.device)
         self._waiting = 0
+        # Stays set when an interrupt, or no memory, parts a sum from its count; then nothing is added any more.
+        self.adding = False
         self._dropped = _zeros((), workspace.device, torch.int64)
         self._ready = torch.cuda.Event() if workspace.device.type == "cuda" else None
         if self.checked:  # numpy adds float32 to float64 four times as fast as torch, and indexes without a dispatch
@@ -193,7 +194,7 @@ class Accumulator:
             )
         if not x.is_floating_point():
             raise TypeError(f"rows are {x.dtype}; moments are taken of floating point values")
-        if x.numel() == 0:
+        if x.numel() == 0 or self.adding:
             return
         if x.device != self.workspace.device:
             x = x.to(self.workspace.device)
@@ -201,7 +202,7 @@ class Accumulator:
         for chunk in _chunks(x if x.dim() > 1 else x.unsqueeze(0)):
             add_group(chunk)
         if self._ready is not None:
-            self._ready.record()
+            self._ready.record(torch.cuda.current_stream(self.workspace.device))
 
     # --- one group ---------------------------------------------------------------------------------------
 
@@ -209,8 +210,6 @@ class Accumulator:
         """A group on the CPU: look at the mean, which is non-finite as soon as any value is, and at the product."""
         wide = x.dtype == torch.float64
         centre = x.mean(tuple(range(x.dim() - 1)), dtype=torch.float64 if wide else torch.float32)
-        if x.dtype in _HALF:
-            centre = centre.to(x.dtype).float()
         offset = centre.abs().amax().item()
         n = x.numel() // self.features
         if offset < (_LARGEST if wide else _FLOAT32_MAX):
@@ -225,11 +224,12 @@ class Accumulator:
         self._add_irregular(x.reshape(n, self.features))
 
     def _add_irregular(self, rows: Tensor) -> None:
-        """A group that float32 or a rounded mean cannot do: leave out and count the bad rows, take the others in float64.
+        """A group that float32 or a rounded mean cannot do: leave out and count bad rows, take the rest in float64.
 
         The first row is subtracted before the mean is taken, so that identical rows have no variance at all.
         """
-        good = (rows.abs() <= _LARGEST).all(dim=1)  # false for NaN, too
+        # False for NaN, too. A float32 comparison would take _LARGEST itself for inf.
+        good = (rows.abs() <= min(_LARGEST, torch.finfo(rows.dtype).max)).all(dim=1)
         n = int(good.sum())
         self._dropped += rows.shape[0] - n
         if n:
@@ -246,11 +246,13 @@ class Accumulator:
         return centred, centred.sum(0)
 
     def _keep(self, n: int, centre: Tensor, residual: Tensor, product_np: npt.NDArray[Any]) -> None:
+        self.adding = True
         np.add(self._sums_np, product_np, out=self._sums_np)
         slot = self._slot()
         self._counts_np[slot] = n
         torch.div(residual, n, out=self._residuals[slot])
         torch.add(self._residuals[slot], centre, out=self._means[slot])
+        self.adding = False
 
     def _add_deferred(self, x: Tensor) -> None:
         """A group on a device that must not be waited for: every case is handled by masks and scaling.
@@ -267,23 +269,22 @@ class Accumulator:
         rows.masked_fill_(~good, 0.0)
         exponent = torch.frexp(rows.abs().amax())[1].clamp(min=-_LARGEST_SCALING)
         down = torch.ldexp(torch.ones((), dtype=dtype, device=x.device), -exponent)
-        up = torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
         rows.mul_(down)
         at_least_one = n.clamp(min=1)
         # Summed in float64, so that the mean of identical rows is that row.
-        mean = rows.sum(0, dtype=torch.float64) / at_least_one
-        if x.dtype in _HALF:
-            mean = (mean * up).to(x.dtype).double() / up
-        centre = mean.to(dtype)
+        centre = (rows.sum(0, dtype=torch.float64) / at_least_one).to(dtype)
         rows.sub_(centre).masked_fill_(~good, 0.0)
         residual = rows.sum(0).double() / at_least_one
         _, blocks = self._product(rows)
+        up = torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
+        self.adding = True
         for total, block in zip(self._blocks, blocks, strict=True):
             total.addcmul_(block.double(), up * up)
         slot = self._slot()
         self._counts[slot] = n
         self._residuals[slot] = residual * up
         self._means[slot] = (residual + centre) * up
+        self.adding = False
 
     def _product(self, centred: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The upper blocks of centredᵀ·centred, in scratch memory."""

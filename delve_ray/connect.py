@@ -11,8 +11,10 @@ from typing import Any
 
 import torch.distributed
 
+from delve_ray.checks import check_integer, check_name
 from delve_ray.errors import OptionError, StoreError
 from delve_ray.integrations.ray_train import current_worker, resolve_savefile
+from delve_ray.storage import absolute, check_savefile
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Source, Store, StoreConfig
 
@@ -27,6 +29,8 @@ class Identity:
     token: str
     savefile: str
     on_ray: bool
+    rejoinable: bool
+    """Whether another attempt could join this run: nobody guesses a name that was made up."""
 
     def source(self) -> Source:
         """This worker as the store knows it."""
@@ -50,9 +54,7 @@ def identify(
     if settings is not None:
         savefile = settings.savefile if savefile is None else savefile
         run, world_size = run or settings.run, _or(world_size, settings.world_size)
-    if not isinstance(savefile, str | os.PathLike) or not os.fspath(savefile):
-        raise OptionError(f"savefile={savefile!r} must be a path or a URI for the run's files")
-    path = os.fspath(savefile)
+    path = check_savefile(savefile)
     worker = current_worker()
     token = ""
     if worker is not None:
@@ -63,14 +65,13 @@ def identify(
         rank = _or(rank, torch.distributed.get_rank())
         world_size = _or(world_size, torch.distributed.get_world_size())
     rank, world_size = _or(rank, 0), _or(world_size, 1)
-    for name, value, least in (("world_size", world_size, 1), ("rank", rank, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise OptionError(f"{name}={value!r} must be an integer, at least {least}")
+    world_size = check_integer("world_size", world_size, at_least=1)
+    rank = check_integer("rank", rank)
     if rank >= world_size:
         raise OptionError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
-    if "://" not in path:
-        path = os.path.abspath(path)
+    path = absolute(path)
     on_ray = ray_is_running()
+    rejoinable = True
     if run is None:
         if world_size > 1:
             raise OptionError(
@@ -78,19 +79,19 @@ def identify(
             )
         # Alone, a run needs no name that others could guess; a second one must not join the first by accident.
         run = os.path.basename(path.rstrip("/")) + (f"-{uuid.uuid4().hex[:8]}" if on_ray else "")
-    if not isinstance(run, str) or not run:
-        raise OptionError(f"run={run!r} must be a non-empty string, the same in every worker of the run")
-    return Identity(run, rank, world_size, token, path, on_ray)
+        rejoinable = False
+    return Identity(check_name("run", run), rank, world_size, token, path, on_ray, rejoinable)
 
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
 
 
-def join(identity: Identity, config: StoreConfig) -> Store:
-    """The store of a run that none was given for: an actor in the Ray cluster, else one in this process.
+def join(identity: Identity, config: StoreConfig) -> tuple[Store, bool]:
+    """The store of a run that none was given for, and whether it was started here.
 
-    On Ray, rank 0 starts the actor, on its own node, where a local savefile lies; the others wait for it.
+    An actor in the Ray cluster, else one in this process. On Ray, rank 0 starts the actor unless a driver has, on
+    its own node, where a local savefile lies; the others wait for it.
     """
     if not identity.on_ray:
         if identity.world_size > 1:
@@ -98,11 +99,15 @@ def join(identity: Identity, config: StoreConfig) -> Store:
                 f"world_size={identity.world_size} without Ray: call ray.init() before the tracker, in every rank and "
                 f"with the address of one cluster, or give a tracker to rank 0 alone, with world_size=1"
             )
-        return CovarianceStore(replace(config, silent_after=0.0))  # it ends with this process
+        return CovarianceStore(replace(config, silent_after=0.0)), True  # it ends with this process
     from delve_ray.store import actor
 
-    handle = actor.start(config) if identity.rank == 0 else actor.find(identity.run, actor.FIND_TIMEOUT_S)
-    return actor.RemoteStore(handle)
+    try:
+        return actor.RemoteStore(actor.find(identity.run, 0.0 if identity.rank == 0 else actor.FIND_TIMEOUT_S)), False
+    except StoreError:
+        if identity.rank > 0:
+            raise
+    return actor.RemoteStore(actor.start(config)), True
 
 
 def given_store(store: Any) -> Store:
@@ -114,12 +119,3 @@ def given_store(store: Any) -> Store:
     from delve_ray.store import actor
 
     return actor.RemoteStore(store)
-
-
-def abandon(store: Store) -> None:
-    """After a failed registration: end a store that nobody has joined."""
-    try:
-        if store.status()["attempt"] < 0:
-            store.end()
-    except StoreError:
-        pass  # it has ended already

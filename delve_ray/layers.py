@@ -8,7 +8,7 @@ observations. It copies nothing: layout and precision are the accumulator's busi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,8 +21,8 @@ from delve_ray.errors import OptionError
 CONV_METHODS = ("channelwise", "mean", "max", "median", "flatten")
 TIMESERIES_METHODS = ("timestepwise", "last_timestep")
 
-_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"})
-"""Classes that keep what they wrap under the name `module`."""
+_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "AveragedModel"})
+"""Classes that, like their subclasses, keep what they wrap under the name `module`."""
 _WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Names under which torch.compile, FSDP and activation checkpointing keep what they wrap."""
 
@@ -53,9 +53,9 @@ class LinearAdapter:
         return int(module.out_features)  # type: ignore[arg-type]
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
-        """The output itself."""
+        """The output itself; of a nested one the values, which have no padding."""
         tensor: Tensor = output
-        return tensor
+        return tensor.values().view(-1, self.features(module)) if tensor.is_nested else tensor
 
 
 class Conv2dAdapter:
@@ -166,9 +166,14 @@ def named_layers(modules: Modules) -> dict[str, nn.Module]:
         for path, module in parents.items():
             if id(module) in seen or adapter_for(module) is None:
                 continue
+            if isinstance(parents.get(path.rpartition(".")[0]), nn.MultiheadAttention):
+                continue  # its projection is used as a weight and never called
             seen.add(id(module))
             name = ".".join(part for part in (prefix, _public_path(path, parents)) if part)
-            found[name or type(module).__name__] = module
+            name = name or type(module).__name__
+            if name in found:
+                raise OptionError(f"modules has two layers called {name!r}; give the models names that differ")
+            found[name] = module
     return found
 
 
@@ -178,7 +183,7 @@ def _public_path(path: str, modules: Mapping[str, nn.Module]) -> str:
     kept = []
     for index, part in enumerate(parts):
         parent = modules.get(".".join(parts[:index]))
-        wrapped = part == "module" and parent is not None and type(parent).__name__ in _WRAPPERS
+        wrapped = part == "module" and any(cls.__name__ in _WRAPPERS for cls in type(parent).__mro__)
         if not wrapped and part not in _WRAPPER_PARTS:
             kept.append(part)
     return ".".join(kept)
@@ -219,10 +224,21 @@ def select_layers(
         raise OptionError(f"modules has no layer that can be tracked; kinds with an adapter: {kinds}")
     chosen = dict(known)
     if layer_filter is not None:
+        rule = "it is a function that returns the dict {name: module} that it is given, with entries removed"
+        if not callable(layer_filter):
+            raise OptionError(f"layer_filter={layer_filter!r} is not a function; {rule}")
         chosen = layer_filter(dict(known))
-        if not isinstance(chosen, dict) or any(known.get(name) is not module for name, module in chosen.items()):
-            raise OptionError("layer_filter must return the dict {name: module} that it is given, with entries removed")
-    ignored = [ignore_layer_names] if isinstance(ignore_layer_names, str) else list(ignore_layer_names)
+        if not isinstance(chosen, dict):
+            raise OptionError(f"layer_filter returned a {type(chosen).__name__}; {rule}")
+        if foreign := [name for name, module in chosen.items() if known.get(name) is not module]:
+            raise OptionError(
+                f"layer_filter returned {foreign} that it was not given; {rule}. Given: {', '.join(known)}"
+            )
+    ignored = [ignore_layer_names] if isinstance(ignore_layer_names, str) else ignore_layer_names
+    if not isinstance(ignored, Sequence | Set) or not all(isinstance(name, str) for name in ignored):
+        raise OptionError(
+            f"ignore_layer_names={ignore_layer_names!r} is not a list of layer names; the model's: {', '.join(known)}"
+        )
     if unknown := sorted(set(ignored) - set(known)):
         raise OptionError(f"ignore_layer_names has {unknown}, which the model does not; its layers: {', '.join(known)}")
     layers = []

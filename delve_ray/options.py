@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,20 +17,6 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 def not_built(option: str, value: object, instead: str) -> NotImplementedError:
     """An option that is understood and does not exist yet."""
     return NotImplementedError(f"{option}={value!r} is not built yet; {instead}")
-
-
-def check_integer(option: str, value: object, *, at_least: int) -> int:
-    """An integer that is not below `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise OptionError(f"{option}={value!r} must be an integer, at least {at_least}")
-    return value
-
-
-def check_seconds(option: str, value: object) -> float:
-    """A finite number of seconds, not negative."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise OptionError(f"{option}={value!r} must be a number of seconds, at least 0")
-    return float(value)
 
 
 def check_choice(option: str, value: object, built: Sequence[str], known: Sequence[str] = ()) -> str:
@@ -64,7 +49,7 @@ def check_device(value: Any) -> torch.device | None:
         return None
     try:
         device = torch.device(value)
-        torch.empty(1, dtype=torch.float64, device=device)
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # "meta" has no values
     except (RuntimeError, TypeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(
@@ -81,8 +66,10 @@ def check_unbuilt(options: Mapping[str, Any]) -> None:
         "writer_args": (None, "writers take no arguments"),
         "max_samples": (None, "use log_interval to record fewer batches"),
         "layerwise_sat": (True, "rows are always per layer, with the mean beside them"),
+        "average_sat": (True, "the mean over layers is always published"),
         "reset_covariance": (True, "every window starts anew"),
         "interpolation_strategy": (None, "every position counts"),
+        "interpolation_downsampling": (32, "every position counts"),
         "verbose": (False, "read tracker.metrics(), or the files"),
         "max_overhead": (None, "use log_interval to record fewer batches"),
         "layers": (None, "use layer_filter or ignore_layer_names"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from delve_ray.accumulator import Accumulator, Workspace, block_plan
@@ -33,6 +35,9 @@ TRAIN, EVAL = 0, 1
 
 Harvest = dict[tuple[int, int], Accumulator]
 """What was recorded since the last harvest, by (index of the layer, index of the phase)."""
+
+_FAILURES = 10
+"""Forwards of a layer in a row whose output could not be reduced, after which the layer is given up."""
 
 _RECORDERS: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
 _TOKENS = itertools.count()
@@ -81,26 +86,46 @@ class Recorder:
     def __init__(self, layers: Sequence[TrackedLayer], options: RecorderOptions) -> None:
         self.layers = list(layers)
         self.options = options
-        self.recording = True
+        self.recording = False
         # torch.compile must not trace into the reduction. Shielding it imports torch._dynamo, a second that
         # every optimizer pays as well; here, and not at import, so that reading files stays light.
         self.record = torch.compiler.disable(self._record)
         self._accumulators: Harvest = {}
         self._workspaces: dict[torch.device, Workspace] = {}
         self._forwards: dict[tuple[int, int], int] = {}
-        self._failed: set[int] = set()
+        self._failures: dict[int, int] = {}
+        self._warned: set[tuple[int, str]] = set()
         self._phases: set[int] = set()
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler that closes the tracker may interrupt a hook of the same thread.
+        self._lock = threading.RLock()
         self._token = next(_TOKENS)
+        self._handles: list[RemovableHandle] = []
         _RECORDERS[self._token] = self
-        self._handles: list[RemovableHandle] = [
-            layer.module.register_forward_hook(_Hook(self._token, index)) for index, layer in enumerate(self.layers)
-        ]
+        try:
+            for index, layer in enumerate(self.layers):
+                self._handles.append(layer.module.register_forward_hook(_Hook(self._token, index)))
+        except BaseException:
+            self.close()
+            raise
+
+    def start(self) -> None:
+        """Record from now on.
+
+        What torch.compile compiled before the hooks were there would never call them, so it is compiled anew.
+        """
+        self.recording = True
+        dynamo: Any = sys.modules.get("torch._dynamo.convert_frame")
+        if getattr(dynamo, "FRAME_COUNTER", 0):
+            log.info("torch.compile has run in this process: its caches are reset, so that the hooks are compiled in")
+            torch._dynamo.reset()
 
     def _record(self, index: int, module: nn.Module, output: Any) -> None:
         """Add one forward's rows; called by the hooks."""
-        # A forward inside a running backward pass is activation checkpointing recomputing what was counted.
-        if torch._C._current_graph_task_id() != -1 or index in self._failed:
+        # A forward inside a running backward pass is activation checkpointing recomputing what was counted; one
+        # inside jit.trace or export sees an example.
+        if torch._C._current_graph_task_id() != -1 or self._failures.get(index, 0) >= _FAILURES:
+            return
+        if torch._C._is_tracing() or torch.compiler.is_compiling():
             return
         key = (index, TRAIN if module.training else EVAL)
         try:
@@ -109,17 +134,28 @@ class Recorder:
                 self._forwards[key] = forward + 1
                 if forward % self.options.log_interval == 0:
                     rows = self.layers[index].adapter.rows(module, output, self.options.rows)
-                    self._accumulator(key, rows).add(rows)
-                    self._phases.add(key[1])
+                    if _has_values(rows):
+                        self._accumulator(key, rows).add(rows)
+                        self._phases.add(key[1])
+                self._failures.pop(index, None)
         except Exception as error:  # our mistake or an output we do not know must not stop a training
-            self._failed.add(index)
-            log.warning(
-                "layer %s is not recorded any more: its output cannot be reduced to rows of %d features (%s: %s)",
-                self.layers[index].name,
-                self.layers[index].features,
-                type(error).__name__,
-                error,
-            )
+            self._fail(index, error)
+
+    def _fail(self, index: int, error: Exception) -> None:
+        """Leave out one forward of a layer, with a word for each kind of error; after several in a row, give it up."""
+        failures = self._failures[index] = self._failures.get(index, 0) + 1
+        kind = type(error).__name__
+        if failures < _FAILURES and (index, kind) in self._warned:
+            return
+        self._warned.add((index, kind))
+        log.warning(
+            "layer %s: %s; its output cannot be reduced to rows of %d features (%s: %s)",
+            self.layers[index].name,
+            "not recorded any more" if failures == _FAILURES else "a forward is left out",
+            self.layers[index].features,
+            kind,
+            str(error).partition("\n")[0],
+        )
 
     def _accumulator(self, key: tuple[int, int], rows: torch.Tensor) -> Accumulator:
         device = self.options.device or rows.device
@@ -140,6 +176,11 @@ class Recorder:
         """
         with self._lock:
             harvest, self._accumulators = self._accumulators, {}
+            for key in [key for key, accumulator in harvest.items() if accumulator.adding]:
+                del harvest[key]
+                log.error(
+                    "layer %s: an interrupted forward spoilt its sums; they are left out", self.layers[key[0]].name
+                )
             if end_of_window:
                 self._forwards.clear()
                 self._phases.clear()
@@ -157,6 +198,15 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         _RECORDERS.pop(self._token, None)
+
+
+def _has_values(rows: torch.Tensor) -> bool:
+    """Whether these are numbers: not those of a fake or meta tensor, nor of a function transform (vmap, grad, jvp)."""
+    return not (
+        rows.device.type == "meta"
+        or isinstance(rows, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(rows)
+    )
 
 
 def fit_memory(layers: Sequence[TrackedLayer], *, max_features: int, max_memory: int) -> list[TrackedLayer]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.errors import StoreError
 from delve_ray.layers import TrackedLayer
 from delve_ray.moments import F64
 from delve_ray.recorder import Harvest, Recorder
@@ -39,6 +39,7 @@ class _Pending:
     window: int
     step: int
     closes: bool
+    labelled: bool
     harvest: Harvest
 
 
@@ -69,6 +70,7 @@ class Shipper:
         self._stopping = False
         self._fetched = 0
         self._lost_steps: set[int] = set()
+        self._lost_scalars = 0
         # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
         self._state = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="delve_ray-sender", daemon=True)
@@ -76,12 +78,17 @@ class Shipper:
 
     # --- called by the training --------------------------------------------------------------------------------
 
-    def close_window(self, step: int) -> None:
-        """Close the window: hand over what was recorded since the last delta. Returns at once."""
+    def close_window(self, step: int | None) -> None:
+        """Close the window: hand over what was recorded since the last delta. Returns at once.
+
+        Without a `step` the window gets the label that another rank gives it, or else the next step.
+        """
         with self._state:
-            self._queue.append(_Pending(self.windows, step, True, self.recorder.harvest(end_of_window=True)))
+            harvest = self.recorder.harvest(end_of_window=True)
+            label = self._next_step if step is None else step
+            self._queue.append(_Pending(self.windows, label, True, step is not None, harvest))
             self.windows += 1
-            self._next_step = step + 1
+            self._next_step = label + 1
             self._state.notify_all()
 
     def queue_live(self) -> None:
@@ -101,20 +108,18 @@ class Shipper:
         with self._state:
             return self._state.wait_for(lambda: self._idle() or self.lost is not None, timeout) and self.lost is None
 
-    def stop(self, timeout: float) -> bool:
-        """Send what is queued and end the thread; False when something could not be sent in time."""
-        sent = self.flush(timeout)
+    def stop(self) -> None:
+        """End the thread, whatever is queued."""
         with self._state:
             self._stopping = True
             self._state.notify_all()
-        self._thread.join(max(0.1, min(timeout, 2 * RETRY_S[1])))
-        return sent
+        self._thread.join(1.0)  # it may hang in a call to the store; it ends with that
 
     def undelivered(self) -> str:
         """In words, what is still here."""
         with self._state:
             steps = sorted(self._lost_steps | {item.step for item in self._queue})
-            return f"rows of steps {steps}, {len(self._scalars)} scalars"
+            return f"rows of steps {steps}, {len(self._scalars) + self._lost_scalars} scalars"
 
     # --- the sender's thread -----------------------------------------------------------------------------------
 
@@ -151,12 +156,13 @@ class Shipper:
     def _queue_live(self) -> None:
         harvest = self.recorder.harvest(end_of_window=False)
         if harvest:
-            self._queue.append(_Pending(self.windows, self._next_step, False, harvest))
+            self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest))
 
     def _work(self, item: _Pending | None, scalars: list[Scalar]) -> None:
-        if self.lost is not None:
+        if self.lost is not None:  # said once, where it was lost
             self._lost_steps |= {item.step} if item else set()
-            return  # said once, where it was lost
+            self._lost_scalars += len(scalars)
+            return
         try:
             if item is not None:
                 self._lost_steps.add(item.step)
@@ -166,8 +172,11 @@ class Shipper:
                 self._lost_steps.discard(item.step)
             if scalars:
                 self._persist(lambda: self.store.add_scalars(scalars))
+                scalars.clear()
         except Exception as error:  # the training goes on, whatever happens here
             self._lose(f"{type(error).__name__}: {error}")
+        finally:
+            self._lost_scalars += len(scalars)
 
     def _lose(self, why: str) -> None:
         """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
@@ -175,7 +184,12 @@ class Shipper:
         with self._state:
             self.lost = why
             self._state.notify_all()
-        log.error("rank %d of run %s cannot deliver its moments and records no more: %s", self.source.rank, self.source.run, why)
+        log.error(
+            "rank %d of run %s cannot deliver its moments and records no more: %s",
+            self.source.rank,
+            self.source.run,
+            why,
+        )
 
     def _pack(self, item: _Pending) -> tuple[Delta, F64]:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
@@ -187,10 +201,21 @@ class Shipper:
         for index, phase in keys:
             size = moments_size(layers[index].features)
             n, nonfinite = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
-            start += size
-            entries.append((index, phase, n, nonfinite))
+            if n or nonfinite:
+                start += size
+                entries.append((index, phase, n, nonfinite))
         _warn_nonfinite(layers, entries, item.step)
-        return Delta(self.source, self.attempt, self._seq, item.window, item.step, item.closes, tuple(entries)), buffer
+        delta = Delta(
+            self.source,
+            self.attempt,
+            self._seq,
+            item.window,
+            item.step,
+            item.closes,
+            item.labelled,
+            tuple(entries),
+        )
+        return delta, buffer[:start]
 
     def _persist(self, call: Callable[[], object]) -> None:
         """Repeat a call until the store answers; a refusal is final, silence is not."""
@@ -211,12 +236,16 @@ class Shipper:
 
     def _heartbeat(self) -> None:
         """Say that this worker lives; fetch the metrics when a new window has been published."""
+        if self.lost is not None:
+            return
         try:
             ack: Ack = self.store.heartbeat(self.source)
             if ack.published != self._fetched:
                 self.metrics = dict(self.store.progress().metrics)
                 self._fetched = ack.published
-        except DelveRayError as error:
+            if ack.finished:
+                self._lose("its store has ended the run, having heard of no worker for too long")
+        except Exception as error:  # the next delta will show whether the store is there
             log.debug("heartbeat: %s", error)
 
 

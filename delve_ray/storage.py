@@ -13,8 +13,28 @@ import pyarrow.fs as pafs
 from delve_ray.errors import OptionError
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PASSWORD = re.compile(r"(://[^/@:]*):[^/@]*@")
 _HIDDEN = (".", "_")
+
+
+def check_savefile(savefile: object) -> str:
+    """A savefile as text: a path, with `~` for the home directory, or a URI. Raises OptionError for anything else."""
+    if not isinstance(savefile, str | os.PathLike) or not os.fspath(savefile):
+        raise OptionError(f"savefile={savefile!r}: expected a local path or a URI such as s3://bucket/run")
+    text = os.fsdecode(savefile)
+    if _URI.match(text):
+        return text
+    if _COLLAPSED.match(text):
+        raise OptionError(
+            f"savefile={savefile!r} looks like a URI that lost a slash; give URIs as strings, not as paths"
+        )
+    return os.path.expanduser(text)
+
+
+def absolute(savefile: str) -> str:
+    """A checked savefile, made absolute where it is a path."""
+    return savefile if _URI.match(savefile) else os.path.abspath(savefile)
 
 
 class Storage:
@@ -38,9 +58,7 @@ class Storage:
     """
 
     def __init__(self, savefile: str | os.PathLike[str], filesystem: pafs.FileSystem | None = None) -> None:
-        if not isinstance(savefile, (str, os.PathLike)) or not os.fspath(savefile):
-            raise OptionError(f"savefile={savefile!r}: expected a local path or a URI such as s3://bucket/run")
-        text = os.fsdecode(savefile)
+        text = check_savefile(savefile)
         self._uri = _PASSWORD.sub(r"\1:***@", text)
         if filesystem is not None:
             self._filesystem, self._root = filesystem, text.rstrip("/") or text

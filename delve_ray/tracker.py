@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import atexit
 import logging
-import operator
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import nn
 
-from delve_ray.connect import Identity, abandon, given_store, identify, join
+from delve_ray.checks import check_flag, check_integer, check_name, check_seconds
+from delve_ray.connect import Identity, given_store, identify, join
 from delve_ray.errors import DelveRayError, OptionError, StoreError
 from delve_ray.layers import Modules, RowOptions, check_uncompiled, select_layers
 from delve_ray.options import (
     check_conv_method,
     check_device,
-    check_integer,
     check_precision,
-    check_seconds,
     check_timeseries_method,
     check_unbuilt,
 )
@@ -150,7 +148,7 @@ class SaturationTracker:
             check_uncompiled(modules),
             layer_filter=layer_filter,
             ignore_layer_names=ignore_layer_names,
-            include_conv=include_conv,
+            include_conv=check_flag("include_conv", include_conv),
         )
         tracked = fit_memory(
             selected,
@@ -161,7 +159,7 @@ class SaturationTracker:
         settings = given.settings() if given is not None else None
         identity = identify(savefile, run, rank, world_size, settings)
         config = _publication(identity, settings, options, live)
-        if nosave:
+        if check_flag("nosave", nosave):
             config = replace(config, save_to=())
         elif save_to is not None or settings is None:
             config = replace(config, save_to=check_save_to(save_to if save_to is not None else ()))
@@ -169,22 +167,30 @@ class SaturationTracker:
             config = replace(config, stats=resolve_stats(stats))
         if sat_threshold is not None:
             config = replace(config, threshold=check_threshold(sat_threshold))
-        self._store: Store = given if given is not None else join(identity, config)
         self._source = identity.source()
-        infos = [LayerInfo(layer.name, layer.layer_type, layer.features) for layer in tracked]
-        try:
-            attempt = self._store.register(self._source, config, infos).attempt
-        except (DelveRayError, NotImplementedError):
-            abandon(self._store)
-            raise
         self._recorder = Recorder(tracked, options)
+        try:
+            self._store: Store
+            self._store, ours = (given, False) if given is not None else join(identity, config)
+            try:
+                infos = [LayerInfo(layer.name, layer.layer_type, layer.features) for layer in tracked]
+                attempt = self._store.register(self._source, config, infos).attempt
+            except BaseException:
+                if ours:
+                    self._store.abandon()
+                raise
+        except BaseException:
+            self._recorder.close()
+            raise
         self._shipper = Shipper(
             self._store, self._source, attempt, self._recorder, publish_every=live, first_step=first_step
         )
-        self._in_process = not identity.on_ray and store is None
+        # After an exception the run stays open for the next attempt, where there can be one.
+        self._rejoinable = store is not None or (identity.on_ray and identity.rejoinable)
         self._next_step = first_step
         self._closed_steps: dict[int, int] = {}
         self._closed = False
+        self._recorder.start()
         atexit.register(self.close)
 
     # --- in the training loop ------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ class SaturationTracker:
         Raises OptionError for a step that falls, or that has rows of the same phase already.
         """
         self._check_open("add_saturations")
-        label = self._next_step if step is None else _integer("step", step)
+        label = self._next_step if step is None else check_integer("step", step)
         phases = self._recorder.phases()
         if label < max(self._closed_steps.values(), default=label) or any(
             self._closed_steps.get(phase) == label for phase in phases
@@ -211,36 +217,38 @@ class SaturationTracker:
         self._next_step = label + 1
         self._shipper.close_window(label)
 
-    def add_scalar(self, name: str, value: float, step: int | None = None) -> None:
+    def add_scalar(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
         """Record a value beside the spectra, such as an accuracy; returns at once.
 
         `step` is by default that of the open window. Raises OptionError for a name or value of another type.
         """
         self._check_open("add_scalar")
-        if not isinstance(name, str) or not name:
-            raise OptionError(f"name={name!r} must be a non-empty string")
+        check_name("name", name)
         try:
+            if isinstance(value, str | bytes):
+                raise TypeError
             number = float(value)
-        except (TypeError, ValueError):
-            raise OptionError(f"value={value!r} of {name!r} must be a number") from None
-        label = self._next_step if step is None else _integer("step", step)
+        except (TypeError, ValueError, OverflowError):
+            raise OptionError(f"value={value!r} of {name!r} must be a number that float64 can hold") from None
+        label = self._next_step if step is None else check_integer("step", step)
         self._shipper.add_scalar(Scalar(self._source.run, 0, self._source.rank, name, label, number, datetime.now(UTC)))
 
     def metrics(self, wait: bool = False, timeout: float | None = None) -> dict[str, float]:
         """The last published metrics: `<stat>/<phase>/<layer>` and `<stat>/<phase>/mean`, over all ranks.
 
         Without `wait` these are the ones that this worker has heard of, at once. With `wait` they contain the
-        window that this rank closed last; that needs every rank to close it. Raises StoreError when it is not
+        window that this rank closed last; that needs every rank to close it. After `close()` they are the last that
+        this rank has heard of. Raises StoreError when it is not
         published within `timeout` seconds (60 by default), naming the ranks that are missing.
         """
-        if not wait:
+        limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
+        if not wait or self._closed:
             return dict(self._shipper.metrics)
-        limit = WAIT_TIMEOUT_S if timeout is None else timeout
         deadline = time.monotonic() + limit
         if not self._shipper.flush(limit):
             raise StoreError(self._shipper.lost or f"rank {self._source.rank} could not deliver within {limit:g} s")
         pause = 0.005
-        while (progress := self._store.progress()).published < self._shipper.windows:
+        while (progress := self._store.progress(limit)).published < self._shipper.windows:
             if time.monotonic() >= deadline:
                 raise StoreError(
                     f"window {progress.published} of run {self._source.run!r} is not published after {limit:g} s: "
@@ -258,6 +266,8 @@ class SaturationTracker:
     def resume(self) -> None:
         """Record again after `stop()`."""
         self._check_open("resume")
+        if self._shipper.lost is not None:
+            raise StoreError(f"nothing more can be delivered, so nothing is recorded: {self._shipper.lost}")
         self._recorder.recording = True
 
     def is_recording(self) -> bool:
@@ -277,12 +287,12 @@ class SaturationTracker:
     # --- the end -------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> None:
-        """Wait until what is recorded is in the store and complete windows are written.
+        """Wait until what is recorded is written; what belongs to the open window as live rows.
 
         Raises StoreError when that takes longer than `timeout` seconds (60 by default).
         """
         self._check_open("flush")
-        limit = WAIT_TIMEOUT_S if timeout is None else timeout
+        limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
         deadline = time.monotonic() + limit
         self._shipper.queue_live()
         if not self._shipper.flush(limit) or not self._store.flush(max(0.0, deadline - time.monotonic())):
@@ -294,7 +304,7 @@ class SaturationTracker:
         Rows since the last `add_saturations` are published as a last window. What cannot be delivered within
         `timeout` seconds (120 by default) is said in the log, by step. A second call does nothing.
         """
-        self._close(CLOSE_TIMEOUT_S if timeout is None else timeout, completed=True)
+        self._close(CLOSE_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout), completed=True)
 
     def __enter__(self) -> SaturationTracker:
         return self
@@ -302,38 +312,50 @@ class SaturationTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # An exception may be the reason for a restart: the run stays open for the next attempt.
-        self._close(CLOSE_TIMEOUT_S, completed=kind is None)
+        self._close(CLOSE_TIMEOUT_S, completed=kind is None or not self._rejoinable)
 
     def _close(self, timeout: float, *, completed: bool) -> None:
         if self._closed or os.getpid() != self._source.pid:  # a forked child has no sender and nothing to deliver
             return
         self._closed = True
-        atexit.unregister(self.close)
         deadline = time.monotonic() + timeout
-        self._recorder.close()
-        completed = completed or self._in_process  # there is no next attempt for a store in this process
-        if completed and self._recorder.phases():
-            self._shipper.close_window(self._next_step)
-        elif self._recorder.phases():
-            self._shipper.queue_live()
-        delivered = self._shipper.stop(timeout)
-        if not delivered:
-            log.error(
-                "rank %d of run %s ends without having delivered %s (%s)",
-                self._source.rank,
-                self._source.run,
-                self._shipper.undelivered(),
-                self._shipper.lost or f"the store took more than {timeout:g} s",
-            )
+        try:
+            self._recorder.close()
+            if completed and self._recorder.phases():
+                self._shipper.close_window(None)
+            elif self._recorder.phases():
+                self._shipper.queue_live()
+            delivered = self._shipper.flush(timeout)
+            if not delivered:
+                log.error(
+                    "rank %d of run %s ends without having delivered %s (%s)",
+                    self._source.rank,
+                    self._source.run,
+                    self._shipper.undelivered(),
+                    self._shipper.lost or f"the store took more than {timeout:g} s",
+                )
+            self._leave(deadline, completed=completed and delivered)
+        finally:  # also when Ctrl-C ends the waiting
+            self._shipper.stop()
+            atexit.unregister(self.close)
+
+    def _leave(self, deadline: float, *, completed: bool) -> None:
+        """Take leave of the store; the last rank waits for the files and releases it."""
+
+        def left() -> float:
+            return max(1.0, deadline - time.monotonic())
+
         store = self._store
         try:
-            if not store.leave(self._source, completed=self._in_process or (completed and delivered)).finished:
+            if not completed and self._rejoinable:
+                store.flush(left())  # the store may end with this process
+            self._shipper.metrics = dict(store.progress(left()).metrics)
+            if not store.leave(self._source, completed=completed or not self._rejoinable, timeout=left()).finished:
                 return
-            if not store.wait_finished(max(1.0, deadline - time.monotonic())):
-                log.error("run %s: the files are not complete after %g s; its store goes on", self._source.run, timeout)
+            if not store.wait_finished(left()):
+                log.error("run %s: the files are not complete in time; its store goes on", self._source.run)
                 return
-            progress = store.progress()
+            progress = store.progress(left())
             self._shipper.metrics = dict(progress.metrics)
             for problem in progress.problems:
                 log.error("run %s: %s", self._source.run, problem)
@@ -359,15 +381,3 @@ def _publication(
         publish_every=publish_every,
         product_eps=float(torch.finfo(options.precision).eps),
     )
-
-
-def _integer(option: str, value: object) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise OptionError(f"{option}={value!r} must be an integer") from None
-    if not 0 <= number < 1 << 63:
-        raise OptionError(f"{option}={value!r} must be between 0 and 2**63")
-    return number

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from delve_ray import OptionError, RegistrationError, SaturationTracker, StoreError, read_covariances, read_spectra
+from delve_ray.accumulator import Accumulator
 from delve_ray.moments import unpack_triangle
+from delve_ray.shipping import Shipper
 from delve_ray.store import CovarianceStore, StoreConfig
 
 
@@ -407,8 +410,21 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_memory": ({"max_memory": 1000}, OptionError, "max_memory=1000 bytes"),
     "ignore": ({"ignore_layer_names": ["fc"]}, OptionError, "ignore_layer_names has .*fc"),
     "ignore all": ({"ignore_layer_names": ["0", "3", "5"]}, OptionError, "leave no layer to track"),
-    "filter": ({"layer_filter": lambda layers: None}, OptionError, "layer_filter must return"),
+    "filter": ({"layer_filter": lambda layers: None}, OptionError, "layer_filter returned a NoneType"),
     "savefile": ({"savefile": 7}, OptionError, "savefile=7"),
+    "flag": ({"nosave": "False"}, OptionError, "nosave='False' must be True or False"),
+    "include_conv": ({"include_conv": None}, OptionError, "include_conv=None"),
+    "huge": ({"initial_epoch": 1 << 70}, OptionError, "initial_epoch=1180591620717411303424"),
+    "seconds": ({"publish_every": float("nan")}, OptionError, "publish_every=nan"),
+    "run": ({"run": ""}, OptionError, "run='' must be a non-empty string"),
+    "collapsed URI": ({"savefile": Path("file:///x")}, OptionError, "looks like a URI that lost a slash"),
+    "same names": (
+        {"modules": {"a": nn.Sequential(nn.Linear(2, 2)), "a.0": nn.Linear(2, 2)}},
+        OptionError,
+        "two layers called 'a.0'",
+    ),
+    "average_sat": ({"average_sat": False}, NotImplementedError, "average_sat=False"),
+    "downsampling": ({"interpolation_downsampling": 4}, NotImplementedError, "interpolation_downsampling=4"),
     "max_samples": ({"max_samples": 5}, NotImplementedError, "max_samples=5 is not built yet"),
     "max_overhead": ({"max_overhead": 0.02}, NotImplementedError, "max_overhead=0.02"),
     "verbose": ({"verbose": True}, NotImplementedError, "verbose=True"),
@@ -477,3 +493,176 @@ def test_a_worker_that_fails_leaves_its_window_open_for_the_next_attempt(savefil
     assert (status["open_windows"], status["published"], status["finished"]) == ([0], 0, False)
     assert status["ranks"][0]["deltas"] == 1
     assert not model._forward_hooks
+
+
+def test_numpy_integers_and_the_home_directory_are_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    one = np.int64(1)
+    with SaturationTracker("~/run", "parquet", cnn(), log_interval=one, world_size=one, rank=one - 1) as tracker:  # type: ignore[arg-type]
+        tracker.add_saturations()
+    assert (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_failure_after_the_hooks_are_there_takes_everything_back(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    model = cnn()
+    monkeypatch.setattr(CovarianceStore, "register", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        SaturationTracker(savefile, "parquet", model)
+    assert all(not module._forward_hooks for module in model.modules())
+    monkeypatch.undo()
+    SaturationTracker(savefile, "parquet", model).close()
+
+
+def test_an_interrupted_forward_is_left_out_and_named(
+    savefile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A product without its count would be published as variance that was never there."""
+    model = nn.Sequential(nn.Linear(4, 20), nn.Linear(20, 3))
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        model(torch.randn(8, 4))
+        slot = Accumulator._slot
+
+        def interrupted(self: Accumulator) -> int:
+            if self.features == 3:
+                raise KeyboardInterrupt
+            return slot(self)
+
+        monkeypatch.setattr(Accumulator, "_slot", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(8, 4))
+        monkeypatch.undo()
+        tracker.add_saturations()
+        model(torch.randn(9, 4))
+        tracker.add_saturations()
+    rows = [(row["step"], row["layer"], row["samples"]) for row in read_spectra(savefile).to_pylist()]
+    assert rows == [(0, "0", 16), (1, "0", 9), (1, "1", 9)]
+    assert "layer 1: an interrupted forward spoilt its sums" in caplog.text
+
+
+def test_closing_from_a_signal_handler_does_not_hang(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 20)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    slot = Accumulator._slot
+
+    def signalled(self: Accumulator) -> int:
+        monkeypatch.undo()
+        tracker.close(timeout=20)  # as a handler does, in the middle of a hook
+        return slot(self)
+
+    monkeypatch.setattr(Accumulator, "_slot", signalled)
+    model(torch.randn(8, 4))
+    assert not model._forward_hooks
+    assert read_spectra(savefile).num_rows == 0, "the only forward had not ended"
+
+
+def test_an_interrupted_close_leaves_nothing_running(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = set(threading.enumerate())
+    model = nn.Linear(4, 4)
+    tracker = SaturationTracker(savefile, "parquet", model)
+    with pytest.raises(OptionError, match="timeout='5'"):
+        tracker.close(timeout="5")  # type: ignore[arg-type]
+    assert model._forward_hooks, "a bad timeout closes nothing"
+
+    def interrupted(*args: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shipper, "flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tracker.close()
+    assert not model._forward_hooks
+    assert "delve_ray-sender" not in {thread.name for thread in set(threading.enumerate()) - threads}
+
+
+def test_one_odd_forward_costs_one_forward(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        model(torch.randn(8, 4))
+        torch.func.vmap(model)(torch.randn(5, 4))
+        torch.func.jvp(model, (torch.randn(5, 4),), (torch.randn(5, 4),))
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            model(mode.from_tensor(torch.randn(5, 4)))
+        torch.func.functional_call(
+            model, {n: p.to("meta") for n, p in model.named_parameters()}, torch.empty(2, 4, device="meta")
+        )
+        assert not caplog.records, "transforms, fake and meta tensors carry no rows: nothing to say"
+        for _ in range(2):
+            tracker._recorder.record(0, model, torch.tensor(1.0))
+        model(torch.randn(0, 4))
+        model(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)]))
+        tracker.add_saturations()
+        assert [record.levelname for record in caplog.records if "a forward is left out" in record.message] == [
+            "WARNING"
+        ]
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [16]
+
+
+def test_no_row_for_a_layer_without_observations(savefile: str) -> None:
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        model(torch.randn(0, 4))
+        tracker.add_saturations()
+        assert tracker.metrics(wait=True) == {}
+    assert read_spectra(savefile).num_rows == 0
+
+
+def test_a_rank_that_closes_without_a_step_takes_the_others(savefile: str) -> None:
+    for order in ((0, 1), (1, 0)):
+        path = f"{savefile}-{order[0]}"
+        store = CovarianceStore(StoreConfig(run="r", savefile=path, world_size=2, publish_every=0))
+        models = [nn.Linear(4, 4) for _ in range(2)]
+        trackers = [SaturationTracker(modules=m, store=store, rank=rank) for rank, m in enumerate(models)]
+        for m in models:
+            m(torch.randn(8, 4))
+        for rank in order:
+            if rank == 0:
+                trackers[0].add_saturations(step=7)
+                trackers[0].flush()
+            else:
+                trackers[1].close()
+        trackers[0].close()
+        assert store.wait_finished(10)
+        assert [(row["step"], row["samples"], row["workers"]) for row in read_spectra(path).to_pylist()] == [(7, 16, 2)]
+
+
+def test_a_model_that_was_compiled_before_is_compiled_anew(savefile: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    compiled = torch.compile(model, backend="eager")
+    compiled(torch.randn(8, 4))
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        compiled(torch.randn(9, 4))
+        tracker.add_saturations()
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [9]
+
+
+def test_a_run_that_was_ended_by_silence_refuses_more_rows(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = CovarianceStore(StoreConfig(run="r", savefile=savefile, world_size=1, silent_after=0.3, publish_every=0))
+    model = nn.Linear(4, 4)
+    tracker = SaturationTracker(modules=model, store=store)
+    model(torch.randn(8, 4))
+    tracker.add_saturations()
+    assert store.wait_finished(20)  # signs of life come every few seconds, later than this run allows
+    model(torch.randn(9, 4))
+    tracker.add_saturations()
+    tracker.close(timeout=10)
+    assert [row["samples"] for row in read_spectra(savefile).to_pylist()] == [8]
+    assert "ends without having delivered rows of steps [1]" in caplog.text
+
+
+def test_recording_does_not_resume_for_a_lost_store(savefile: str) -> None:
+    tracker = SaturationTracker(savefile, "parquet", nn.Linear(4, 4))
+    tracker._shipper._lose("gone")
+    with pytest.raises(StoreError, match="nothing is recorded: gone"):
+        tracker.resume()
+    tracker.close(timeout=5)
+
+
+def test_multihead_attention_shows_no_layer_that_never_runs(savefile: str) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        assert tracker.layers == ("linear1", "linear2")

@@ -39,6 +39,8 @@ CALL_TIMEOUT_S = 60.0
 """Deadline of one call to the store; the sender repeats, a question fails."""
 FIND_TIMEOUT_S = 60.0
 """How long a rank other than 0 waits for rank 0 to start the store."""
+UNUSED_AFTER_S = 3600.0
+"""How long a store that a driver started waits for its first worker."""
 LINGER_S = 30.0
 """How long a finished store answers questions before it ends by itself, if nobody ends it."""
 
@@ -74,6 +76,10 @@ class StoreActor:
         """See `protocol.Store.progress`."""
         return self._store.progress()
 
+    def abandon(self) -> bool:
+        """See `CovarianceStore.abandon`."""
+        return self._store.abandon()
+
     def leave(self, source: Source, *, completed: bool) -> Ack:
         """See `protocol.Store.leave`."""
         return self._store.leave(source, completed=completed)
@@ -97,15 +103,18 @@ class StoreActor:
     def _end_when_finished(self) -> None:
         """A detached actor lives until somebody ends it; when all workers were stopped, it must do so itself."""
         me = ray.get_runtime_context().current_actor
+        unused_until = time.monotonic() + UNUSED_AFTER_S
         while not self._store.finished:
             time.sleep(1.0)
-        time.sleep(LINGER_S)
+            if not self._store.joined and time.monotonic() > unused_until:
+                self._store.abandon()
+        time.sleep(LINGER_S if self._store.joined else 0.0)
         ray.kill(me, no_restart=True)
 
 
 _GROUPS = {
     "intake": ("take",),
-    "control": ("register", "leave", "add_scalars"),
+    "control": ("register", "abandon", "leave", "add_scalars"),
     "query": ("settings", "heartbeat", "progress", "covariance", "spectrum", "status"),
     "wait": ("flush",),
 }
@@ -128,7 +137,7 @@ def actor_name(run: str) -> str:
 
 
 def start(config: StoreConfig) -> Any:
-    """Start the store of a run, or find it; on this node as long as there is room, since the files lie here.
+    """Start the store of a run, or find it if it is there; on this node if it can, since the files lie here.
 
     Outside the placement group of the caller, so that it takes nothing from a trial or a worker group, and
     detached, so that it outlives the worker that happens to start it.
@@ -192,14 +201,19 @@ class RemoteStore:
         """See `protocol.Store.add_scalars`."""
         self._call("add_scalars", scalars)
 
-    def progress(self) -> Progress:
+    def progress(self, timeout: float = CALL_TIMEOUT_S) -> Progress:
         """See `protocol.Store.progress`."""
-        progress: Progress = self._call("progress")
+        progress: Progress = self._call("progress", call_timeout=timeout)
         return progress
 
-    def leave(self, source: Source, *, completed: bool) -> Ack:
+    def abandon(self) -> None:
+        """End the actor if nobody has ever joined its run."""
+        if self._call("abandon"):
+            self.end()
+
+    def leave(self, source: Source, *, completed: bool, timeout: float) -> Ack:
         """See `protocol.Store.leave`."""
-        ack: Ack = self._call("leave", source, completed=completed)
+        ack: Ack = self._call("leave", source, completed=completed, call_timeout=timeout)
         return ack
 
     def status(self) -> dict[str, Any]:
@@ -215,7 +229,7 @@ class RemoteStore:
         """Wait until everything is published and written after the last `leave`."""
         deadline = time.monotonic() + timeout
         pause = 0.02
-        while not self.progress().finished:
+        while not self.progress(max(1.0, deadline - time.monotonic())).finished:
             if time.monotonic() >= deadline:
                 return False
             time.sleep(pause)
@@ -224,10 +238,13 @@ class RemoteStore:
 
     def end(self) -> None:
         """End the actor; its run has finished and its files are written."""
-        ray.kill(self.handle, no_restart=True)
+        if ray.is_initialized():
+            ray.kill(self.handle, no_restart=True)
 
     def _call(self, method: str, *args: Any, call_timeout: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
         """Call and wait; what the store raises comes out as itself, Ray's own troubles as StoreError."""
+        if not ray.is_initialized():  # calling an actor would start a new cluster
+            raise StoreError("Ray was shut down before the tracker was closed", final=True)
         try:
             return ray.get(getattr(self.handle, method).remote(*args, **kwargs), timeout=call_timeout)
         except RayTaskError as error:
@@ -241,3 +258,5 @@ class RemoteStore:
             raise StoreError(f"the store's process has ended: {error}", final=True) from error
         except GetTimeoutError:
             raise StoreError(f"the store did not answer {method} within {call_timeout:.0f} s") from None
+        except Exception as error:  # Ray's own, such as a failed submission while it shuts down
+            raise StoreError(f"calling the store failed in {method}: {type(error).__name__}: {error}") from error

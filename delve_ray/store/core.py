@@ -55,8 +55,9 @@ class CovarianceStore:
         >>> source = Source("doc", token="", rank=0, source="a", host="localhost", pid=1)
         >>> store.register(source, config, [LayerInfo("fc", "Linear", 1)])
         Welcome(attempt=0)
-        >>> delta = Delta(source, attempt=0, seq=0, window=0, step=0, closes=True, entries=((0, 0, 4, 0),))
-        >>> store.take(delta, np.array([1.5, 8.0])).merged   # mean, scatter
+        >>> entries = ((0, 0, 4, 0),)  # layer, phase, observations, non-finite rows
+        >>> delta = Delta(source, attempt=0, seq=0, window=0, step=0, closes=True, labelled=True, entries=entries)
+        >>> store.take(delta, np.array([1.5, 8.0])).merged  # mean, scatter
         True
         >>> store.leave(source, completed=True).finished, store.wait_finished(10)
         (True, True)
@@ -153,7 +154,7 @@ class CovarianceStore:
             self._member(source).heard = time.monotonic()
             return self._ack()
 
-    def leave(self, source: Source, *, completed: bool) -> Ack:
+    def leave(self, source: Source, *, completed: bool, timeout: float = 0.0) -> Ack:
         """Deregister. A rank that completed counts as having closed all further windows, without rows.
 
         Without `completed` (the worker ends by an exception) the run stays open for a next attempt.
@@ -195,10 +196,6 @@ class CovarianceStore:
         with self._lock:
             member = self._member(delta.source)
             member.heard = time.monotonic()
-            if delta.attempt != self._attempt:
-                raise DeltaRefused(
-                    f"a delta of attempt {delta.attempt}, but run {self.config.run!r} is at {self._attempt}"
-                )
         with member.lock:
             if delta.seq < member.next_seq:
                 with self._lock:
@@ -209,6 +206,7 @@ class CovarianceStore:
                 )
             check_delta(delta, buffer, self._layers)
             with self._lock:
+                self._check_taking(delta)
                 window = self._window(delta, member)
                 entries = [window.entry(i, phase, self._layers[i].features) for i, phase, _, _ in delta.entries]
             start = 0
@@ -225,6 +223,14 @@ class CovarianceStore:
                     self._complete_if_closed(window)
                 return self._ack()
 
+    def _check_taking(self, delta: Delta) -> None:
+        """Whether the run, and this attempt of it, still goes on."""
+        self._member(delta.source)
+        if delta.attempt != self._attempt:
+            raise DeltaRefused(f"a delta of attempt {delta.attempt}, but run {self.config.run!r} is at {self._attempt}")
+        if self._ending:
+            raise StoreError(f"run {self.config.run!r} has ended and takes no more rows", final=True)
+
     def _window(self, delta: Delta, member: _Member) -> Window:
         """The open window that a delta belongs to; the first rank to close a window sets its step."""
         rank = delta.source.rank
@@ -233,13 +239,13 @@ class CovarianceStore:
         window = self._windows.get(delta.window)
         if window is None:
             window = self._windows[delta.window] = Window(delta.window, delta.step)
-        elif delta.closes and window.closed and window.step != delta.step:
+        elif delta.labelled and window.labelled and window.step != delta.step:
             raise DeltaRefused(
                 f"rank {rank} closes window {window.ordinal} as step {delta.step}, ranks {sorted(window.closed)} as "
                 f"step {window.step}; call add_saturations(step) with the same steps in every worker"
             )
-        if delta.closes:
-            window.step = delta.step
+        if delta.labelled or not window.labelled:
+            window.step, window.labelled = delta.step, delta.labelled
         return window
 
     def _complete_if_closed(self, window: Window) -> None:
@@ -267,7 +273,10 @@ class CovarianceStore:
             if not self.config.publish_every or now < self._next_live or self._ending:
                 return []
             self._next_live = now + self.config.publish_every
-            return [window.job(self._attempt, final=False) for window in self._windows.values() if window.changed]
+            return self._live_jobs()
+
+    def _live_jobs(self) -> list[Job]:
+        return [window.job(self._attempt, final=False) for window in self._windows.values() if window.changed]
 
     def _finish(self) -> None:
         """Publish what is open and end; nothing is taken from now on."""
@@ -289,8 +298,8 @@ class CovarianceStore:
 
     # --- answers -----------------------------------------------------------------------------------------------
 
-    def progress(self) -> Progress:
-        """How far publication is, with the latest metrics."""
+    def progress(self, timeout: float = 0.0) -> Progress:
+        """How far publication is, with the latest metrics; the answer comes at once."""
         publisher = self._running()
         with self._lock:
             published = publisher.published(self._attempt)
@@ -329,7 +338,12 @@ class CovarianceStore:
     @property
     def finished(self) -> bool:
         """Whether everything is published and written, and the run has ended."""
-        return self._publisher is not None and self._publisher.finished.is_set()
+        return self._ending if self._publisher is None else self._publisher.finished.is_set()
+
+    @property
+    def joined(self) -> bool:
+        """Whether a worker has ever registered."""
+        return self._publisher is not None
 
     def status(self) -> dict[str, Any]:
         """Ranks, windows, memory and writers, for people and tools."""
@@ -360,8 +374,18 @@ class CovarianceStore:
         return state
 
     def flush(self, timeout: float) -> bool:
-        """Wait until complete windows are published and written; False when that takes longer than `timeout` s."""
-        return self._running().flush(timeout)
+        """Publish what has arrived, open windows as live rows, and wait until it is written; False if not in time."""
+        publisher = self._running()
+        with self._lock:
+            publisher.submit(self._live_jobs())
+        return publisher.flush(timeout)
+
+    def abandon(self) -> bool:
+        """End the run if nobody has ever joined it; whether it has ended."""
+        with self._lock:
+            if self._publisher is None:
+                self._ending = True
+            return self._ending
 
     def wait_finished(self, timeout: float) -> bool:
         """Wait until everything is published and written after the last `leave`."""

@@ -14,6 +14,7 @@ from importlib import metadata
 import numpy as np
 
 from delve_ray.schema import SCHEMA_VERSION
+from delve_ray.storage import Storage
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 
 
@@ -31,7 +32,7 @@ def describe_run(config: StoreConfig, layers: Sequence[LayerInfo]) -> bytes:
         "world_size": config.world_size,
         "created": datetime.now(UTC).isoformat(),
         "store": {"host": socket.gethostname(), "pid": os.getpid()},
-        "options": asdict(config),
+        "options": asdict(config) | {"savefile": Storage(config.savefile).uri},  # which masks passwords
         "layers": [asdict(layer) for layer in layers],
         "versions": versions,
     }

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from delve_ray.checks import check_integer, check_seconds
 from delve_ray.errors import OptionError
 from delve_ray.spectrum import check_threshold, resolve_stats
+from delve_ray.storage import Storage, absolute, check_savefile
 from delve_ray.store.protocol import StoreConfig
 from delve_ray.writers import check_save_to
 
@@ -35,25 +37,23 @@ def start_store(
 
     Raises OptionError for an option that cannot be used, NotImplementedError for `num_shards` other than 1.
     """
-    if num_shards != 1:
+    if check_integer("num_shards", num_shards, at_least=1) != 1:
         raise NotImplementedError(f"num_shards={num_shards!r} is not built yet; use 1")
-    if not isinstance(world_size, int) or world_size < 1:
-        raise OptionError(f"world_size={world_size!r} must be an integer, at least 1")
     if precision not in ("float32", "float64"):
         raise OptionError(f"precision={precision!r} is neither 'float32' nor 'float64'")
-    from delve_ray.store import actor
-
-    path = os.fspath(savefile)
     config = StoreConfig(
         run=run,
-        savefile=path if "://" in path else os.path.abspath(path),
-        world_size=world_size,
+        savefile=absolute(check_savefile(savefile)),
+        world_size=check_integer("world_size", world_size, at_least=1),
         save_to=check_save_to(save_to),
         stats=resolve_stats(stats),
         threshold=check_threshold(sat_threshold),
-        publish_every=float(publish_every),
+        publish_every=check_seconds("publish_every", publish_every),
         product_eps=float(np.finfo(precision).eps),
     )
+    Storage(config.savefile)  # refuses a filesystem that pyarrow does not know
+    from delve_ray.store import actor
+
     handle = actor.start(config)
     settings = actor.RemoteStore(handle).settings()
     if settings != config:

@@ -8,7 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from delve_ray.checks import check_integer, check_name, check_seconds
 from delve_ray.moments import F64, triangle_size
+from delve_ray.spectrum import check_threshold, resolve_stats
+from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
 
 
@@ -32,6 +35,9 @@ class StoreConfig:
         publish_every: seconds between live publications of an open window, 0 for none.
         product_eps: machine epsilon of the products, below which eigenvalues are rounding.
         silent_after: seconds without any sign of life from any source after which the run is ended, 0 for never.
+
+    Raises:
+        OptionError: a value that cannot be used.
     """
 
     run: str
@@ -45,6 +51,17 @@ class StoreConfig:
     silent_after: float = 300.0
     trial: str | None = None
     trial_config: str | None = None
+
+    def __post_init__(self) -> None:
+        check_name("run", self.run)
+        check_name("savefile", self.savefile)
+        check_integer("world_size", self.world_size, at_least=1)
+        if self.save_to:
+            check_save_to(self.save_to)
+        resolve_stats(self.stats)
+        check_threshold(self.threshold)
+        check_seconds("publish_every", self.publish_every)
+        check_seconds("silent_after", self.silent_after)
 
 
 SAME_FOR_ALL = ("savefile", "world_size", "save_to", "stats", "threshold", "product_eps", "trial")
@@ -73,7 +90,8 @@ class Delta:
 
     For each entry (layer index, phase index, observations, non-finite rows) in order, the buffer holds the
     mean (d) and the packed scatter (d(d+1)/2). `window` is the ordinal of the window within the attempt;
-    with `closes` the source says that this was its last delta for the window, whose label is `step`.
+    with `closes` the source says that this was its last delta for the window. `step` is the window's label where
+    the user gave it (`labelled`), otherwise a guess.
     """
 
     source: Source
@@ -82,6 +100,7 @@ class Delta:
     window: int
     step: int
     closes: bool
+    labelled: bool
     entries: tuple[tuple[int, int, int, int], ...]
 
 
@@ -138,20 +157,23 @@ class Store(Protocol):
     def add_scalars(self, scalars: list[Scalar]) -> None:
         """Hand over user scalars."""
 
-    def progress(self) -> Progress:
-        """How far publication is, with the latest metrics."""
+    def progress(self, timeout: float = 60.0) -> Progress:
+        """How far publication is, with the latest metrics; the answer comes within `timeout` seconds."""
 
-    def leave(self, source: Source, *, completed: bool) -> Ack:
-        """Deregister. The last source to complete makes the store publish the rest and finish."""
+    def leave(self, source: Source, *, completed: bool, timeout: float) -> Ack:
+        """Deregister, within `timeout` seconds; after the last to complete the store publishes the rest and ends."""
 
     def flush(self, timeout: float) -> bool:
-        """Wait until complete windows are published and written; False when that takes longer."""
+        """Publish what has arrived, open windows as live rows, and wait until it is written; False if not in time."""
 
     def wait_finished(self, timeout: float) -> bool:
         """Wait until everything is published and written after the last `leave`."""
 
     def end(self) -> None:
         """Release the store; called by the last source once it has finished."""
+
+    def abandon(self) -> object:
+        """End the store if nobody has ever joined it; called by who started it."""
 
     def status(self) -> dict[str, Any]:
         """Ranks, windows, memory and writers, for people."""

@@ -129,6 +129,9 @@ class Publisher:
                 ending = self._ending
             if job is not None:
                 self._publish(job)
+                with self._changed:
+                    self._pending -= 1
+                    self._changed.notify_all()
             elif ending:
                 break
             else:
@@ -178,7 +181,6 @@ class Publisher:
             kept = {key: value for key, value in self._metrics.items() if key.split("/", 2)[1] not in phases}
             self._metrics = kept | metrics
             self._published[attempt] += 1
-            self._pending -= 1
             self._changed.notify_all()
 
     def _problem(self, what: str) -> None:

@@ -61,6 +61,7 @@ class Window:
 
     ordinal: int
     step: int
+    labelled: bool = False
     entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
     revision: int = 0

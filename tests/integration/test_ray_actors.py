@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -166,3 +168,46 @@ def test_a_single_tracker_needs_no_names(ray_session: None, savefile: str) -> No
     (row,) = delve_ray.read_spectra(savefile).to_pylist()
     assert row["samples"] == 9
     assert row["run"].startswith("run-")
+
+
+def test_a_refused_worker_does_not_end_the_drivers_store(workers: Any, savefile: str) -> None:
+    import ray
+
+    store = delve_ray.start_store(savefile, run="kept", world_size=1, save_to="parquet", stats="trace")
+    refused, welcome = workers(2)
+    with pytest.raises(delve_ray.RegistrationError, match="brings stats="):
+        ray.get(refused.track.remote(savefile, "parquet", run="kept"))
+    ray.get(welcome.track.remote(store=store))
+    ray.get(welcome.step.remote(10, 0, 0))
+    ray.get(welcome.close.remote())
+    assert [row["samples"] for row in delve_ray.read_spectra(savefile).to_pylist()] == [10]
+
+
+SCRIPT = """
+import ray, torch, delve_ray
+ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+model = torch.nn.Linear(4, 6)
+def train():
+    with delve_ray.SaturationTracker({savefile!r}, "parquet", model, publish_every=0) as tracker:
+        model(torch.randn(8, 4))
+        tracker.add_saturations()
+        model(torch.randn(9, 4))
+        {end}
+"""
+
+
+def test_an_exception_in_a_driver_loses_nothing(savefile: str) -> None:
+    script = SCRIPT.format(savefile=savefile, end="raise RuntimeError('in the loop')") + "train()\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "RuntimeError: in the loop" in done.stderr
+    assert [row["samples"] for row in delve_ray.read_spectra(savefile).to_pylist()] == [8, 9]
+
+
+def test_shutting_ray_down_first_is_said_in_words(savefile: str) -> None:
+    end = "tracker.flush(); ray.shutdown()"
+    script = SCRIPT.format(savefile=savefile, end=end) + "train()\nassert not ray.is_initialized()\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "Ray was shut down before the tracker was closed" in done.stderr
+    rows = [(row["samples"], row["final"]) for row in delve_ray.read_spectra(savefile).to_pylist()]
+    assert rows == [(8, True), (9, False)]

@@ -1,0 +1,690 @@
+"""delve_ray.accumulator: guarantee 1, exact moments of any rows; on the host's path and on the device's."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from delve_ray import accumulator as module
+from delve_ray import spectrum
+from delve_ray.accumulator import Accumulator, BlockPlan, Workspace
+from delve_ray.moments import Moments, PackedTotal
+from tests.helpers import (
+    TOLERANCE,
+    accumulate,
+    accumulator,
+    assert_exact,
+    covariance_error,
+    drained,
+    float64_rows,
+    merged,
+    random_rows,
+    two_pass_covariance,
+)
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOAT64_TOLERANCE = 1e-11
+"""Of λ1: what products in float64 leave at mean/spread 1e5."""
+EDGES = (1, 2, 15, 16, 17, 95, 96, 97, 127, 128, 130, 300)
+"""Numbers of features about which the block plan, the precision or the packing change."""
+
+both_paths = pytest.mark.parametrize("checked", [True, False], ids=["host", "device"])
+
+
+def same_bits(left: Moments, right: Moments) -> bool:
+    return left.n == right.n and np.array_equal(left.mean, right.mean) and np.array_equal(left.scatter, right.scatter)
+
+
+# --- guarantee 1: any split, any offset, any type ------------------------------------------------------
+
+
+@st.composite
+def split_rows(draw: st.DrawFn) -> tuple[list[Tensor], dict[str, Any]]:
+    """Batches of rows, and how to accumulate them.
+
+    At most 40 rows a batch: where a type leaves only a few distinct values, more are summed less exactly; see
+    `test_many_rows_of_few_distinct_values`.
+    """
+    features = draw(st.one_of(st.sampled_from(EDGES), st.integers(1, 300)))
+    dtype = draw(st.sampled_from(DTYPES))
+    offset = draw(st.sampled_from([0.0, 1.0, 1e2, 1e4, 1e5]))
+    if dtype == torch.float16:
+        offset = min(offset, 3e4)
+    pattern = draw(st.sampled_from(["constant", "alternating", "per batch"]))
+    decay = draw(st.sampled_from([1.0, 0.1, 1e-3]))
+    seed = draw(st.integers(0, 2**31))
+    sizes = draw(st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any))
+    batches = []
+    for index, size in enumerate(sizes):
+        rows = random_rows(size, features, seed=seed + index, dtype=torch.float64, decay=decay)
+        sign = torch.ones(features, dtype=torch.float64)
+        if pattern == "alternating":
+            sign *= (-1) ** index
+        elif pattern == "per batch":
+            sign = random_rows(1, features, seed=seed - 1 - index, dtype=torch.float64)[0].sign()
+        batches.append((rows + offset * sign).to(dtype))
+    precision = draw(st.sampled_from([torch.float32, torch.float32, torch.float64]))
+    return batches, {"checked": draw(st.booleans()), "precision": precision}
+
+
+@given(drawn=split_rows())
+@settings(max_examples=120, deadline=None)
+def test_any_split_of_any_rows_is_the_two_pass_covariance(drawn: tuple[list[Tensor], dict[str, Any]]) -> None:
+    batches, options = drawn
+    result, left_out = accumulate(batches, batches[0].shape[1], **options)
+    assert left_out == 0
+    assert_exact(result, torch.cat(batches))
+
+
+@given(drawn=split_rows(), sources=st.integers(1, 5), data=st.data())
+@settings(max_examples=50, deadline=None)
+def test_any_accumulators_merged_in_any_tree_are_the_two_pass_covariance(
+    drawn: tuple[list[Tensor], dict[str, Any]], sources: int, data: st.DataObject
+) -> None:
+    batches, options = drawn
+    features = batches[0].shape[1]
+    totals = [accumulator(features, **options) for _ in range(sources)]
+    parts = []
+    for batch in data.draw(st.permutations(batches)):
+        index = data.draw(st.integers(0, sources - 1))
+        totals[index].add(batch)
+        if data.draw(st.booleans()):  # a flush: what there is leaves, and a new one goes on
+            parts.append(drained(totals[index])[0])
+            totals[index] = accumulator(features, **options)
+    parts += [drained(total)[0] for total in totals]
+    store = PackedTotal(features)
+    for part in data.draw(st.permutations(parts)):
+        store.add(part.n, part.mean, part.packed())
+    assert_exact(Moments.from_packed(*store.result()), torch.cat(batches))
+    while len(parts) > 1:
+        left = parts.pop(data.draw(st.integers(0, len(parts) - 1)))
+        parts.append(left.merge(parts.pop(data.draw(st.integers(0, len(parts) - 1)))))
+    assert_exact(parts[0], torch.cat(batches))
+
+
+@both_paths
+@pytest.mark.parametrize("features", EDGES)
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_every_edge_of_the_block_plan(features: int, offset: float, checked: bool) -> None:
+    rows = random_rows(500, features, dtype=torch.float64, offset=offset)
+    result, _ = accumulate(rows.split([1, 300, 199]), features, checked=checked)
+    assert_exact(result, rows)
+
+
+@pytest.mark.slow
+@both_paths
+@pytest.mark.parametrize("features", [2047, 2048, 2051])
+def test_the_widest_block_plan(features: int, checked: bool) -> None:
+    rows = random_rows(1100, features, offset=1e3, decay=1e-2)
+    result, _ = accumulate(rows.split(550), features, checked=checked)
+    assert covariance_error(result.covariance(), two_pass_covariance(rows)) < TOLERANCE
+
+
+@both_paths
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("offset", [0.0, 1.0, 1e2, 1e3, 1e5])
+def test_batches_that_jump_between_both_sides_of_zero(offset: float, precision: torch.dtype, checked: bool) -> None:
+    # The first batch, by which one could be tempted to shift all others, is as far away as can be.
+    batches = [
+        random_rows(64, 48, seed=index, dtype=torch.float64) + offset * (1 if index % 2 else -1) for index in range(70)
+    ]
+    result, _ = accumulate(batches, 48, precision=precision, checked=checked)
+    assert_exact(result, torch.cat(batches))
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [3, 20, 130])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_float64_products_are_right_to_float64(offset: float, features: int, dtype: torch.dtype, checked: bool) -> None:
+    rows = random_rows(400, features, dtype=dtype, offset=min(offset, 3e4) if dtype == torch.float16 else offset)
+    result, _ = accumulate(rows.split(150), features, precision=torch.float64, checked=checked)
+    assert_exact(result, rows, tolerance=FLOAT64_TOLERANCE)
+
+
+@both_paths
+@pytest.mark.parametrize("kind", ["rounded", "two-valued", "sparse", "one outlier"])
+def test_many_rows_of_few_distinct_values(kind: str, checked: bool) -> None:
+    # Their products take few values, too, so that a float32 sum rounds the same way at every step.
+    rows = torch.randn(8192, 48, generator=torch.Generator().manual_seed(0))
+    if kind == "rounded":
+        rows = (rows + 100).bfloat16()
+    elif kind == "two-valued":
+        rows = (rows > 0).float()
+    elif kind == "sparse":
+        rows = (rows > 1).float() * 0.7 - 0.3
+    else:
+        rows[700, 3] = 1e6
+    result, _ = accumulate([rows], 48, checked=checked)
+    assert covariance_error(result.covariance(), two_pass_covariance(rows)) < TOLERANCE
+
+
+# --- guarantee 1: any scale ----------------------------------------------------------------------------
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("features", [5, 40])
+@pytest.mark.parametrize("exponent", [-30, -20, -16, -15, 0, 15, 16, 20, 30])
+@pytest.mark.parametrize("offset", [0.0, 10.0])
+def test_any_scale(exponent: int, offset: float, features: int, dtype: torch.dtype, checked: bool) -> None:
+    rows = random_rows(300, features, dtype=dtype, scale=10.0**exponent, offset=offset)
+    result, left_out = accumulate(rows.split(100), features, checked=checked)
+    assert left_out == 0
+    assert_exact(result, rows)
+
+
+@both_paths
+@pytest.mark.parametrize("scale", [1e-44, 1e-40, 1e-38, 1e37, 5e37])
+def test_the_ends_of_float32(scale: float, checked: bool) -> None:
+    rows = random_rows(300, 24, scale=scale)
+    assert rows.isfinite().all()
+    ordinary = random_rows(300, 24, seed=1)
+    result, left_out = accumulate([rows, rows.flip(0)], 24, checked=checked)
+    assert left_out == 0
+    assert_exact(result, torch.cat([rows, rows]))
+    # What comes after is as exact as ever.
+    result, _ = accumulate([rows, ordinary], 24, checked=checked)
+    assert_exact(result, torch.cat([rows, ordinary]))
+
+
+@both_paths
+@pytest.mark.parametrize("scale", [1e-140, 1e-100, 1e-46, 1e50, 1e100])
+def test_float64_rows_beyond_float32(scale: float, checked: bool) -> None:
+    rows = random_rows(300, 24, dtype=torch.float64, scale=scale, offset=3.0)
+    result, left_out = accumulate(rows.split(200), 24, checked=checked)
+    assert left_out == 0
+    assert_exact(result, rows)
+
+
+@both_paths
+def test_features_of_very_different_scales(checked: bool) -> None:
+    rows = random_rows(500, 40, dtype=torch.float64) * torch.logspace(-30, 18, 40, dtype=torch.float64)
+    result, _ = accumulate([rows.float()], 40, checked=checked)
+    assert_exact(result, rows.float())
+
+
+@both_paths
+def test_an_outlier_spoils_no_other_feature_and_no_other_batch(checked: bool) -> None:
+    rows = random_rows(120, 40, offset=2.0)
+    rows[70, 3] = 1e30
+    result, _ = accumulate(rows.split(40), 40, checked=checked)
+    assert_exact(result, rows)
+    others = [*range(3), *range(4, 40)]
+    first, _ = accumulate(rows[:40].split(40), 40, checked=checked)
+    assert_exact(first, rows[:40])
+    quiet, _ = accumulate(rows[:, others].split(40), 39, checked=checked)
+    reference = two_pass_covariance(rows[:, others])
+    assert covariance_error(quiet.covariance(), reference) < TOLERANCE
+    np.testing.assert_allclose(result.mean[others], float64_rows(rows[:, others]).mean(0), rtol=1e-5)
+
+
+# --- guarantee 1: degenerate rows ----------------------------------------------------------------------
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [1, 3, 16, 100])
+def test_identical_rows_have_no_variance_at_all(features: int, dtype: torch.dtype, checked: bool) -> None:
+    # As a Linear gives after dead units: its bias, over and over.
+    row = (random_rows(1, features, dtype=torch.float64) * 3 + 10).to(dtype)
+    result, _ = accumulate([row.expand(n, -1).clone() for n in (300, 1, 7, 8192, 699)], features, checked=checked)
+    assert result.n == 9199
+    np.testing.assert_allclose(result.mean, float64_rows(row)[0], rtol=1e-15)
+    if dtype != torch.float64 or checked:  # a float64 mean of float64 values is rounded itself
+        assert not result.scatter.any()
+        assert spectrum.intrinsic_dimensionality(spectrum.eigenvalues(result.covariance())) == 0
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [3, 100])
+def test_rows_of_zeros(features: int, dtype: torch.dtype, checked: bool) -> None:
+    result, left_out = accumulate([torch.zeros(n, features, dtype=dtype) for n in (1, 50)], features, checked=checked)
+    assert (result.n, left_out) == (51, 0)
+    assert not result.mean.any()
+    assert not result.scatter.any()
+
+
+@both_paths
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e7])
+def test_constant_features_beside_others(constant: float, checked: bool) -> None:
+    rows = random_rows(600, 30)
+    rows[:, ::2] = constant
+    result, _ = accumulate(rows.split(200), 30, checked=checked)
+    assert_exact(result, rows)
+
+
+@both_paths
+@pytest.mark.parametrize("features", [1, 20, 97])
+def test_a_single_row(features: int, checked: bool) -> None:
+    row = random_rows(1, features, offset=1e5)
+    result, _ = accumulate([row], features, checked=checked)
+    assert result.n == 1
+    np.testing.assert_array_equal(result.mean, float64_rows(row)[0])
+    assert not result.scatter.any()
+
+
+@both_paths
+def test_rows_of_rank_one_have_one_dimension(checked: bool) -> None:
+    rows = torch.linspace(-1, 1, 1001)[:, None] * torch.linspace(1, 2, 50)[None]
+    result, _ = accumulate([rows], 50, checked=checked)
+    assert spectrum.intrinsic_dimensionality(spectrum.eigenvalues(result.covariance())) == 1
+
+
+@both_paths
+def test_no_row_at_all(checked: bool) -> None:
+    total = accumulator(4, checked=checked)
+    for shape in ((0, 4), (3, 0, 4), (0, 5, 4)):
+        total.add(torch.zeros(shape))
+    result, left_out = drained(total)
+    assert (result.n, left_out) == (0, 0)
+    assert not result.mean.any()
+    assert not result.scatter.any()
+
+
+@both_paths
+def test_a_literal(checked: bool) -> None:
+    result, _ = accumulate([torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([[1.0, 3.0]])], 2, checked=checked)
+    assert result.n == 3
+    np.testing.assert_allclose(result.mean, [1.0, 1.0], rtol=1e-15)
+    np.testing.assert_allclose(result.covariance(), [[2 / 3, 0], [0, 2]], atol=1e-15)
+
+
+# --- non-finite rows -----------------------------------------------------------------------------------
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [4, 33])
+@pytest.mark.parametrize("bad", [[np.nan], [np.inf], [-np.inf], [np.inf, -np.inf, np.nan]])
+def test_non_finite_rows_are_left_out_and_counted(
+    bad: list[float], features: int, dtype: torch.dtype, checked: bool
+) -> None:
+    rows = random_rows(400, features, dtype=dtype, offset=20.0)
+    dirty = rows.clone()
+    spoilt = torch.tensor([0, 7, 8, 150, 151, 399])
+    for index, row in enumerate(spoilt):
+        dirty[row, index % features] = bad[index % len(bad)]
+    result, left_out = accumulate(dirty.split([140, 200, 60]), features, checked=checked)
+    kept = torch.ones(400, dtype=torch.bool)
+    kept[spoilt] = False
+    assert left_out == 6
+    assert_exact(result, rows[kept])
+
+
+@both_paths
+@pytest.mark.parametrize("features", [4, 33])
+def test_a_batch_without_a_finite_row_spoils_nothing(features: int, checked: bool) -> None:
+    batches = list(random_rows(300, features, offset=1e3).split(100))
+    garbage = torch.full((50, features), float("nan"))
+    result, left_out = accumulate([garbage, batches[0], garbage, *batches[1:], garbage], features, checked=checked)
+    assert left_out == 150
+    assert_exact(result, torch.cat(batches))
+    result, left_out = accumulate([garbage], features, checked=checked)
+    assert (result.n, left_out) == (0, 50)
+    assert not result.mean.any()
+    assert not result.scatter.any()
+
+
+@both_paths
+@pytest.mark.parametrize("features", [4, 33])
+def test_float64_values_whose_squares_overflow_count_as_non_finite(features: int, checked: bool) -> None:
+    rows = random_rows(100, features, dtype=torch.float64)
+    dirty = rows.clone()
+    dirty[3, 0], dirty[4, 0] = 1e200, -1e200  # their mean is an ordinary number
+    dirty[5, 1] = 1e300
+    result, left_out = accumulate([dirty], features, checked=checked)
+    assert left_out == 3
+    assert_exact(result, rows[[0, 1, 2, *range(6, 100)]])
+
+
+# --- layouts and pieces --------------------------------------------------------------------------------
+
+
+def image_rows(batch: int, channels: int, height: int, width: int) -> Tensor:
+    """Rows of a contiguous B×C×H×W image: a view of shape (B, H, W, C)."""
+    return random_rows(batch * channels * height, width, offset=5.0).view(batch, channels, height, width).movedim(1, -1)
+
+
+@both_paths
+@pytest.mark.parametrize(
+    "layout",
+    [
+        lambda: image_rows(4, 20, 9, 11),
+        lambda: image_rows(4, 20, 9, 11).contiguous(),
+        lambda: random_rows(600, 20).view(10, 60, 20).transpose(0, 1),
+        lambda: random_rows(20, 600).t(),
+        lambda: random_rows(600, 40)[:, ::2],
+        lambda: random_rows(600, 40)[:, 7:27],
+        lambda: random_rows(600, 20)[::3],
+        lambda: random_rows(600, 20)[100:],
+        lambda: random_rows(600, 1).expand(600, 20),
+        lambda: random_rows(1, 20).expand(600, 20),
+        lambda: random_rows(120, 20).view(1, 2, 3, 4, 5, 20),
+        lambda: random_rows(120, 20).view(1, 2, 3, 4, 5, 20).permute(3, 1, 0, 4, 2, 5),
+        lambda: random_rows(1, 20)[0],
+    ],
+    ids=lambda layout: None,
+)
+def test_any_strides_and_any_number_of_dimensions(layout: Callable[[], Tensor], checked: bool) -> None:
+    rows = layout()
+    result, _ = accumulate([rows, rows], 20, checked=checked)
+    flat = torch.from_numpy(float64_rows(rows))
+    assert_exact(result, torch.cat([flat, flat]))
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("features", "observations"), [(2, 40_000), (15, 20_000), (16, 20_000), (16, 8193), (130, 16_500), (300, 9000)]
+)
+def test_more_rows_than_one_product_takes(features: int, observations: int, checked: bool) -> None:
+    rows = random_rows(observations, features, offset=100.0)
+    result, _ = accumulate([rows], features, checked=checked)
+    assert_exact(result, rows)
+
+
+@both_paths
+@pytest.mark.parametrize("shape", [(1, 4, 300, 120), (2, 130, 100, 90), (1, 16, 2, 9000), (3, 17, 9000, 1)])
+def test_images_that_are_cut_along_inner_dimensions(shape: tuple[int, int, int, int], checked: bool) -> None:
+    rows = image_rows(*shape)
+    result, _ = accumulate([rows], shape[1], checked=checked)
+    assert_exact(result, torch.from_numpy(float64_rows(rows)))
+
+
+@given(data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_pieces_are_bounded_and_together_the_whole(data: st.DataObject) -> None:
+    shape = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=5))
+    features = shape[-1]
+    x = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
+    x = x.permute(*data.draw(st.permutations(range(len(shape) - 1))), len(shape) - 1)
+    if data.draw(st.booleans()):  # the features are not the innermost in memory
+        x = x.movedim(-1, 0).contiguous().movedim(0, -1)
+    limit = data.draw(st.integers(1, 12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_CHUNK_ROWS", (limit, limit))
+        pieces = list(module._chunks(x))
+    assert all(piece.numel() // features <= limit for piece in pieces)
+    # Each row starts with a number of its own.
+    firsts = torch.cat([piece.reshape(-1, features)[:, 0] for piece in pieces])
+    assert sorted(firsts.tolist()) == sorted(x.reshape(-1, features)[:, 0].tolist())
+
+
+@pytest.mark.parametrize("features", [*EDGES, 2047, 2048, 2049])
+def test_the_blocks_of_a_plan_are_the_upper_triangle_once(features: int) -> None:
+    plan = BlockPlan(features)
+    covered = torch.zeros(features, features, dtype=torch.int16)
+    for (first, height, _), view in zip(plan.blocks, plan.views(torch.ones(plan.size)), strict=True):
+        covered[first : first + height, first:] += view.to(torch.int16)
+    assert (covered.triu() == torch.ones_like(covered).triu()).all()
+    assert plan.size == int(covered.sum())
+    flat = torch.zeros(plan.size)
+    flat[torch.from_numpy(plan.diagonal)] = 1
+    for (first, height, _), view in zip(plan.blocks, plan.views(flat), strict=True):
+        assert torch.equal(view[:, :height], torch.eye(height))
+        assert not view[:, height:].any(), (first, height)
+
+
+# --- what is refused -----------------------------------------------------------------------------------
+
+
+@both_paths
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (torch.zeros(5, 3), ValueError, r"\(5, 3\) do not have 4 features"),
+        (torch.zeros(()), ValueError, r"\(\) do not have 4 features"),
+        (torch.zeros(4, 5, 4, 1), ValueError, r"\(4, 5, 4, 1\) do not have 4 features"),
+        (torch.zeros(5, 4, dtype=torch.int64), TypeError, "int64"),
+        (torch.zeros(5, 4, dtype=torch.bool), TypeError, "bool"),
+        (torch.zeros(5, 4, dtype=torch.complex64), TypeError, "complex64"),
+    ],
+)
+def test_rows_that_are_none_are_refused_and_change_nothing(
+    rows: Tensor, error: type[Exception], message: str, checked: bool
+) -> None:
+    total = accumulator(4, checked=checked)
+    good = random_rows(30, 4)
+    total.add(good)
+    with pytest.raises(error, match=message):
+        total.add(rows)
+    expected, _ = accumulate([good], 4, checked=checked)
+    assert same_bits(drained(total)[0], expected)
+
+
+@pytest.mark.parametrize("length", [0, 13, 15])
+def test_a_buffer_of_another_length_is_refused(length: int) -> None:
+    total = accumulator(4)
+    with pytest.raises(ValueError, match=rf"\({length},\), moments of 4 features need \(14,\)"):
+        total.drain_into(np.empty(length))
+
+
+def test_moments_and_the_drained_buffer_agree() -> None:
+    rows = random_rows(100, 7)
+    left, right = accumulator(7), accumulator(7)
+    left.add(rows)
+    right.add(rows)
+    assert same_bits(left.moments(), drained(right)[0])
+
+
+@pytest.mark.parametrize("features", [1, 16, 96, 300])
+def test_an_accumulator_takes_the_bytes_that_are_stated(features: int) -> None:
+    total = accumulator(features)
+    held = [value for value in vars(total).values() if isinstance(value, Tensor) and value.dim()]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == Accumulator.nbytes(features)
+
+
+# --- nothing of a batch is kept, nothing of it is changed ----------------------------------------------
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", [4, 33])
+def test_rows_are_read_only_and_free_afterwards(features: int, dtype: torch.dtype, checked: bool) -> None:
+    rows = random_rows(50, features, dtype=dtype)
+    rows[3, 1], rows[5, 2] = float("nan"), float("inf")
+    before = rows.clone()
+    total = accumulator(features, checked=checked)
+    expected, _ = accumulate([rows], features, checked=checked)
+    total.add(rows)
+    assert torch.equal(rows.nan_to_num(nan=1e4, posinf=2e4), before.nan_to_num(nan=1e4, posinf=2e4))
+    rows.fill_(7.0)  # as an in-place activation does right after the hook
+    assert same_bits(drained(total)[0], expected)
+    alive = weakref.ref(rows)
+    del rows
+    assert alive() is None
+
+
+@both_paths
+def test_no_graph_is_kept(checked: bool) -> None:
+    leaf = random_rows(50, 20).requires_grad_()
+    total = accumulator(20, checked=checked)
+    output = leaf * 2
+    total.add(output)
+    output.sum().backward()
+    assert leaf.grad is not None
+    assert leaf.grad.eq(2).all()
+    tensors = [value for value in vars(total).values() if isinstance(value, Tensor)]
+    assert not any(tensor.requires_grad for tensor in tensors)
+
+
+@both_paths
+def test_accumulators_share_their_scratch_memory(checked: bool) -> None:
+    workspace = Workspace(CPU)
+    widths = (130, 20, 300, 7, 20)
+    totals = [accumulator(width, checked=checked, workspace=workspace) for width in widths]
+    batches = [[random_rows(60, width, seed=seed) for seed in range(40)] for width in widths]
+    for step in range(40):
+        for total, rows in zip(totals, batches, strict=True):
+            total.add(rows[step].double() if step % 3 == 0 else rows[step])
+    for total, rows in zip(totals, batches, strict=True):
+        assert_exact(drained(total)[0], torch.cat(rows))
+
+
+# --- the user's numerics do not leak in, ours do not leak out -------------------------------------------
+
+
+def work(checked: bool) -> Moments:
+    """Products of several blocks, the float64 path and a fold."""
+    batches = [random_rows(128, 160, seed=seed, offset=10.0) for seed in range(4)]
+    batches[3] = batches[3] * 1e30
+    total = accumulator(160, checked=checked)
+    for batch in batches:
+        total.add(batch)
+    return drained(total)[0]
+
+
+@pytest.fixture
+def precision_settings() -> Iterator[None]:
+    """Puts back the process's settings for float32 products."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends, "fp32_precision"):
+        backends: Any = torch.backends
+        for owner in (backends.mkldnn.matmul, backends.mkldnn, backends.cuda.matmul, backends.cudnn, backends):
+            owner.fp32_precision = "none"
+
+
+@both_paths
+@pytest.mark.usefixtures("precision_settings")
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_a_lower_matmul_precision_stays_outside_and_as_it_was(precision: str, checked: bool) -> None:
+    expected = work(checked)
+    torch.set_float32_matmul_precision(precision)
+    x = random_rows(256, 256)
+    product = x.t() @ x
+    assert same_bits(work(checked), expected)
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.equal(x.t() @ x, product)
+
+
+@both_paths
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one setting for all")
+@pytest.mark.usefixtures("precision_settings")
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "ieee"])
+@pytest.mark.parametrize("owner", ["", "mkldnn", "mkldnn.matmul"])
+def test_a_lower_backend_precision_stays_outside_and_as_it_was(owner: str, precision: str, checked: bool) -> None:
+    def at(path: str) -> Any:
+        found: Any = torch.backends
+        for part in path.split(".") if path else []:
+            found = getattr(found, part)
+        return found
+
+    def read() -> list[str]:
+        return [at(path).fp32_precision for path in ("", "mkldnn", "mkldnn.matmul", "cuda.matmul")]
+
+    expected = work(checked)
+    at(owner).fp32_precision = precision
+    chosen = read()
+    x = random_rows(256, 256)
+    product = x.t() @ x
+    assert same_bits(work(checked), expected)
+    assert read() == chosen
+    assert torch.equal(x.t() @ x, product)
+    # A wider setting is still followed by the narrower ones.
+    at(owner).fp32_precision = "ieee"
+    assert at("mkldnn.matmul").fp32_precision == "ieee"
+
+
+MODES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+}
+
+
+@both_paths
+@pytest.mark.parametrize("mode", ["autocast", "inference_mode", "no_grad"])
+def test_the_same_bits_in_every_mode(mode: str, checked: bool) -> None:
+    expected = work(checked)
+    with MODES[mode]():
+        result = work(checked)
+    assert same_bits(result, expected)
+
+
+@both_paths
+def test_made_in_one_mode_and_used_in_another(checked: bool) -> None:
+    batches = [random_rows(64, 40, seed=seed) for seed in range(70)]
+    expected, _ = accumulate(batches, 40, checked=checked)
+    modes = [torch.inference_mode, torch.enable_grad, torch.no_grad, MODES["autocast"]]
+    workspace = Workspace(CPU)
+    for start in range(len(modes)):
+        with modes[start]():
+            total = accumulator(40, checked=checked, workspace=workspace)
+        for index, batch in enumerate(batches):
+            with modes[(start + index) % len(modes)]():
+                total.add(batch.clone())  # an inference tensor, where the mode makes one
+        assert same_bits(drained(total)[0], expected)
+
+
+@both_paths
+def test_inference_tensors_are_taken_outside_of_inference_mode(checked: bool) -> None:
+    with torch.inference_mode():
+        rows = random_rows(64, 40)
+    result, _ = accumulate([rows], 40, checked=checked)
+    expected, _ = accumulate([random_rows(64, 40)], 40, checked=checked)
+    assert same_bits(result, expected)
+
+
+@both_paths
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(default: torch.dtype, checked: bool) -> None:
+    expected = work(checked)
+    torch.set_default_dtype(default)
+    try:
+        result = work(checked)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same_bits(result, expected)
+
+
+@both_paths
+def test_the_default_device_does_not_matter(checked: bool) -> None:
+    rows = random_rows(100, 20)
+    expected, _ = accumulate([rows], 20, checked=checked)
+    with torch.device("meta"):
+        total = accumulator(20, checked=checked)
+        total.add(rows)
+    assert same_bits(drained(total)[0], expected)
+
+
+@both_paths
+def test_deterministic_algorithms_do_not_matter(checked: bool) -> None:
+    expected = work(checked)
+    torch.use_deterministic_algorithms(True)  # which also fills fresh memory with NaN
+    try:
+        result = work(checked)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same_bits(result, expected)
+
+
+@both_paths
+def test_the_random_state_is_left_alone(checked: bool) -> None:
+    state = torch.get_rng_state()
+    batch = torch.ones(100, 20)
+    accumulate([batch], 20, checked=checked)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_both_paths_agree() -> None:
+    batches = [random_rows(200, 50, seed=seed, offset=30.0) for seed in range(40)]
+    host, device = (accumulate(batches, 50, checked=checked)[0] for checked in (True, False))
+    assert covariance_error(host.covariance(), device.covariance()) < TOLERANCE
+
+
+def test_a_total_merged_from_many_short_lived_accumulators() -> None:
+    batches = [random_rows(1, 30, seed=seed, offset=1e5, dtype=torch.float64) for seed in range(150)]
+    parts = [accumulate([batch], 30)[0] for batch in batches]
+    assert_exact(merged(parts), torch.cat(batches))
