@@ -6,7 +6,7 @@ Each piece of a batch is a group of its own: it is centred by its own mean, so t
 safe at any offset (raw float32 sums are not: at mean/spread 700 they turn an intrinsic dimensionality of 99
 into 71), and its scatter is added to a float64 sum. What the merge formula adds between groups (see
 `moments`) needs only their counts and means, so these wait and are folded in with one matrix product for
-every 32 groups.
+many groups.
 
 The float32 mean c that centres a group is rounded. With r = Σ(z − c) the exact mean is c + r/n and the
 scatter about it is Σ(z − c)ᵀ(z − c) − n·(r/n)(r/n)ᵀ; the correction is folded in with the same product.
@@ -37,7 +37,7 @@ _NARROW = 16
 """Below this many features a product is memory bound, and BLAS sums it naively (5e-5 of λ1 at 2^18 rows): it is
 taken in float64, which costs nothing there."""
 _GROUPS = 32
-"""Groups whose means wait before they are folded into the float64 sums."""
+"""Most groups whose means wait before they are folded into the float64 sums."""
 _LARGEST = 1e140
 """Values beyond it count as non-finite: their squares leave float64 as soon as they are summed."""
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -46,6 +46,11 @@ _SQUARES = {torch.float32: (1e-30, _FLOAT32_MAX), torch.float64: (0.0, float(np.
 _CENTRE_NOISE = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-52}
 """Relative error of a computed mean. A spread below it is made of the mean's own rounding: a constant feature's
 would not be zero."""
+_BIAS = 5e-7
+"""Largest relative error of a float32 product's diagonal. Where rows take only a few distinct values (bfloat16 far
+from zero, two-valued features, a constant background), so do the products, and a float32 sum rounds the same way at
+every step: 2.7e-6 at 8192 rows. The first group and now and then another are looked at; a layer that fails the test
+goes on in float64."""
 _LARGEST_SCALING = 100
 """Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
 
@@ -55,13 +60,17 @@ class BlockPlan:
 
     Block (first, height) holds rows first … first+height of the product from column `first` on. Four blocks
     compute 5/8 of the full product, eight 9/16; below 96 features one product is faster than several.
+
+    `groups` is how many groups may wait; fewer where that many means would be large beside the sums. From 256
+    features on, the accumulators of both phases and one float32 product take at most 12d² bytes.
     """
 
-    __slots__ = ("blocks", "diagonal", "features", "size")
+    __slots__ = ("blocks", "diagonal", "features", "groups", "size")
 
     def __init__(self, features: int) -> None:
-        count = 1 if features < 96 else 4 if features < 2048 else 8
+        count = 1 if features < 96 else 4 if features < 256 else 8
         self.features = features
+        self.groups = _GROUPS if features < 256 else min(_GROUPS, features // 56)
         self.blocks: list[tuple[int, int, int]] = []
         diagonal = np.empty(features, dtype=np.int64)
         self.size = 0
@@ -161,7 +170,7 @@ class Accumulator:
     looks at the values (non-finite rows, products that leave float32) and takes a float64 path where needed;
     on other devices it never synchronises: the same cases are handled by masks and scaling. Not thread-safe.
 
-    Memory: 8·`BlockPlan.size` bytes, about 5d², and 65 float64 vectors.
+    Memory: `nbytes`; for wide layers less than 5d².
     """
 
     def __init__(self, features: int, workspace: Workspace, precision: torch.dtype = torch.float32) -> None:
@@ -173,9 +182,9 @@ class Accumulator:
         self._sums = _zeros(self._plan.size, workspace.device)
         self._blocks = self._plan.views(self._sums)
         # Row 0 is the group of everything folded so far; a group's residual is r/n, see the module's head.
-        self._counts = _zeros(_GROUPS + 1, workspace.device)
-        self._means = _zeros((_GROUPS + 1, features), workspace.device)
-        self._residuals = _zeros((_GROUPS + 1, features), workspace.device)
+        self._counts = _zeros(self._plan.groups + 1, workspace.device)
+        self._means = _zeros((self._plan.groups + 1, features), workspace.device)
+        self._residuals = _zeros((self._plan.groups + 1, features), workspace.device)
         self._waiting = 0
         # Stays set when an interrupt, or no memory, parts a sum from its count; then nothing is added any more.
         self.adding = False
@@ -218,10 +227,22 @@ class Accumulator:
             largest = float(product_np[self._plan.diagonal].max())
             smallest, most = _SQUARES[self.precision]
             noise = n * (_CENTRE_NOISE[centre.dtype] * offset) ** 2
-            if max(smallest, noise) < largest < most or not (wide or centred.any()):
+            sound = max(smallest, noise) < largest < most
+            if sound and self._waiting in (0, self._plan.groups) and self.precision == torch.float32:
+                sound = self._unbiased(centred, product_np)
+            if sound or not (wide or centred.any()):
                 self._keep(n, centre, residual, product_np)
                 return
         self._add_irregular(x.reshape(n, self.features))
+
+    def _unbiased(self, centred: Tensor, product_np: npt.NDArray[Any]) -> bool:
+        """Whether float32 sums this layer's products well; if not, float64 does from now on."""
+        diagonal = product_np[self._plan.diagonal]
+        exact = np.square(centred.numpy(), dtype=np.float64).sum(axis=0)
+        if np.abs(diagonal - exact).max() <= _BIAS * exact.max():
+            return True
+        self.precision = torch.float64
+        return False
 
     def _add_irregular(self, rows: Tensor) -> None:
         """A group that float32 or a rounded mean cannot do: leave out and count bad rows, take the rest in float64.
@@ -299,7 +320,7 @@ class Accumulator:
 
     def _slot(self) -> int:
         """Index of the next group, after folding the waiting ones if there is no room."""
-        if self._waiting == _GROUPS:
+        if self._waiting == self._plan.groups:
             self._fold()
         self._waiting += 1
         return self._waiting
@@ -363,7 +384,8 @@ class Accumulator:
     @staticmethod
     def nbytes(features: int) -> int:
         """Bytes that an accumulator of this many features holds."""
-        return 8 * (block_plan(features).size + (2 * features + 1) * (_GROUPS + 1))
+        plan = block_plan(features)
+        return 8 * (plan.size + (2 * features + 1) * (plan.groups + 1))
 
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:

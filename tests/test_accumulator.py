@@ -16,7 +16,7 @@ from torch import Tensor
 
 from delve_ray import accumulator as module
 from delve_ray import spectrum
-from delve_ray.accumulator import Accumulator, BlockPlan, Workspace
+from delve_ray.accumulator import Accumulator, BlockPlan, Workspace, block_plan
 from delve_ray.moments import Moments, PackedTotal
 from tests.helpers import (
     TOLERANCE,
@@ -166,7 +166,23 @@ def test_many_rows_of_few_distinct_values(kind: str, checked: bool) -> None:
     else:
         rows[700, 3] = 1e6
     result, _ = accumulate([rows], 48, checked=checked)
-    assert covariance_error(result.covariance(), two_pass_covariance(rows)) < TOLERANCE
+    # On the host such layers are recognised and taken in float64; elsewhere no value may be looked at.
+    tolerance = TOLERANCE if checked else 4 * TOLERANCE
+    assert covariance_error(result.covariance(), two_pass_covariance(rows)) < tolerance
+
+
+@pytest.mark.parametrize("features", [256, 257, 300, 512, 1000, 1024, 2048, 4096])
+def test_both_phases_and_a_product_take_at_most_12_bytes_per_entry(features: int) -> None:
+    workspace = Workspace(CPU)
+    held = 0
+    for seed in range(2):
+        accumulator = Accumulator(features, workspace)
+        accumulator.add(random_rows(32, features, seed=seed))
+        tensors = [value for value in vars(accumulator).values() if isinstance(value, Tensor)]
+        held += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= Accumulator.nbytes(features) + 8
+    product, _ = workspace.product(block_plan(features), torch.float32)
+    assert held + product.untyped_storage().nbytes() <= 12 * features**2
 
 
 # --- guarantee 1: any scale ----------------------------------------------------------------------------
@@ -175,7 +191,7 @@ def test_many_rows_of_few_distinct_values(kind: str, checked: bool) -> None:
 @both_paths
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("features", [5, 40])
-@pytest.mark.parametrize("exponent", [-30, -20, -16, -15, 0, 15, 16, 20, 30])
+@pytest.mark.parametrize("exponent", [-30, -22, -21, -16, -15, 0, 15, 16, 20, 30])
 @pytest.mark.parametrize("offset", [0.0, 10.0])
 def test_any_scale(exponent: int, offset: float, features: int, dtype: torch.dtype, checked: bool) -> None:
     rows = random_rows(300, features, dtype=dtype, scale=10.0**exponent, offset=offset)
@@ -532,14 +548,26 @@ def test_accumulators_share_their_scratch_memory(checked: bool) -> None:
         assert_exact(drained(total)[0], torch.cat(rows))
 
 
+@both_paths
+@pytest.mark.parametrize("features", [16, 64, 1500])
+def test_scratch_memory_is_bounded_whatever_a_batch_has(features: int, checked: bool) -> None:
+    workspace = Workspace(CPU)
+    total = accumulator(features, checked=checked, workspace=workspace)
+    total.add(torch.ones(1, features).expand(70_000 if features < 100 else 5000, -1))
+    total.add(torch.ones(features, 300, 70).movedim(0, -1))
+    (rows,) = [buffer for (role, dtype), buffer in workspace._flat.items() if (role, dtype) == ("rows", torch.float32)]
+    assert rows.numel() <= max(1 << 20, 1024 * features)
+    assert rows.numel() <= 8192 * features
+
+
 # --- the user's numerics do not leak in, ours do not leak out -------------------------------------------
 
 
 def work(checked: bool) -> Moments:
     """Products of several blocks, the float64 path and a fold."""
-    batches = [random_rows(128, 160, seed=seed, offset=10.0) for seed in range(4)]
-    batches[3] = batches[3] * 1e30
-    total = accumulator(160, checked=checked)
+    batches = [random_rows(700, 200, seed=seed, offset=10.0) for seed in range(3)]
+    batches[1] = batches[1] * 1e30
+    total = accumulator(200, checked=checked)
     for batch in batches:
         total.add(batch)
     return drained(total)[0]

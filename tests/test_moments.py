@@ -363,6 +363,16 @@ def test_a_copy_is_independent(groups: int) -> None:
     assert_close(Moments.from_packed(*twin.result()), merged([*parts, *more[:5]]))
 
 
+def test_a_total_of_identical_rows_has_no_scatter() -> None:
+    row = np.array([0.1, 1e5 / 3])
+    total = PackedTotal(2)
+    for n in range(1, 100):
+        total.add(n, row, np.zeros(3))
+    n, mean, packed = total.result()
+    assert (n, mean.tolist()) == (4950, row.tolist())
+    assert not packed.any()
+
+
 def test_a_total_keeps_a_bounded_number_of_means() -> None:
     total = PackedTotal(2)
     for _ in range(500):
