@@ -247,4 +247,5 @@ def worker_bytes(layers: Sequence[TrackedLayer]) -> int:
     """
     total = sum(4 * Accumulator.nbytes(layer.features) + 16 * triangle_size(layer.features) for layer in layers)
     widest = max((layer.features for layer in layers), default=0)
-    return total + 4 * block_plan(widest).size + 4 * max(1 << 20, 1024 * widest) if widest else total
+    # Scratch exists in float32 and, for rows that float32 cannot do, in float64.
+    return total + 12 * (block_plan(widest).size + max(1 << 20, 1024 * widest)) if widest else total

@@ -666,3 +666,18 @@ def test_multihead_attention_shows_no_layer_that_never_runs(savefile: str) -> No
     model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with SaturationTracker(savefile, "parquet", model) as tracker:
         assert tracker.layers == ("linear1", "linear2")
+
+
+def test_a_transformer_encoder_in_eval_is_unchanged_and_padding_does_not_count(savefile: str) -> None:
+    """Its fast path asks whether there are hooks; the outputs are the same to the bit, padded ones included."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    x, padding = torch.randn(4, 7, 16), torch.zeros(4, 7, dtype=torch.bool)
+    padding[1, 4:] = True
+    with torch.no_grad():
+        plain = model(x), model(x, src_key_padding_mask=padding)
+        with SaturationTracker(savefile, "parquet", model) as tracker:
+            tracked = model(x), model(x, src_key_padding_mask=padding)
+            tracker.add_saturations()
+    assert all(map(torch.equal, plain, tracked))
+    assert {row["samples"] for row in read_spectra(savefile).to_pylist()} == {28 + 25}
