@@ -260,10 +260,15 @@ class Accumulator:
             self._keep(n, centre, residual, self._product(centred)[0].numpy())
 
     def _centre(self, x: Tensor, centre: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Centred rows, shape (n, D), in scratch memory, and their sum."""
-        centred = self.workspace.rows(x.shape, dtype)
-        torch.sub(x, centre.to(dtype) if dtype == torch.float64 else centre, out=centred)
-        centred = centred.view(n, self.features)
+        """Centred rows, shape (n, D), in scratch memory in the order in which x lies, and their sum."""
+        if dtype == torch.float64:
+            centre = centre.to(dtype)
+        if x.dim() > 2 and x.stride(-1) != 1:  # a feature map: gathering its rows takes longer than their product
+            x_DN = x.movedim(-1, 0)
+            maps = torch.sub(x_DN, centre.view(-1, *[1] * (x.dim() - 1)), out=self.workspace.rows(x_DN.shape, dtype))
+            centred = maps.view(self.features, n).t()
+        else:
+            centred = torch.sub(x, centre, out=self.workspace.rows(x.shape, dtype)).view(n, self.features)
         return centred, centred.sum(0)
 
     def _keep(self, n: int, centre: Tensor, residual: Tensor, product_np: npt.NDArray[Any]) -> None:
