@@ -11,14 +11,12 @@ many groups.
 The float32 mean c that centres a group is rounded. With r = Σ(z − c) the exact mean is c + r/n and the
 scatter about it is Σ(z − c)ᵀ(z − c) − n·(r/n)(r/n)ᵀ; the correction is folded in with the same product.
 
-Only the upper triangle is computed and kept, in blocks of rows: `BlockPlan`.
+Only the upper triangle is computed and kept, in blocks of rows: `workspace.BlockPlan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 
 from delve_ray.moments import F64, Moments, pack_block, triangle_size
+from delve_ray.workspace import Workspace, block_plan, ieee_products, zeros
 
 _CHUNK_ELEMENTS = 1 << 20
 """Elements of a batch that are reduced at a time: 4 MB of scratch, which stays in the cache."""
@@ -36,8 +35,6 @@ by 1.6e-6; over 2^13 it is right to 2e-7. With too few rows, adding the product 
 _NARROW = 16
 """Below this many features a product is memory bound, and BLAS sums it naively (5e-5 of λ1 at 2^18 rows): it is
 taken in float64, which costs nothing there."""
-_GROUPS = 32
-"""Most groups whose means wait before they are folded into the float64 sums."""
 _LARGEST = 1e140
 """Values beyond it count as non-finite: their squares leave float64 as soon as they are summed."""
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -53,114 +50,6 @@ every step: 2.7e-6 at 8192 rows. The first group and now and then another are lo
 goes on in float64."""
 _LARGEST_SCALING = 100
 """Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
-
-
-class BlockPlan:
-    """How the upper triangle of a D×D product is cut into dense blocks of rows, laid out one after another.
-
-    Block (first, height) holds rows first … first+height of the product from column `first` on. Four blocks
-    compute 5/8 of the full product, eight 9/16; below 96 features one product is faster than several.
-
-    `groups` is how many groups may wait; fewer where that many means would be large beside the sums. From 256
-    features on, the accumulators of both phases and one float32 product take at most 12d² bytes.
-    """
-
-    __slots__ = ("blocks", "diagonal", "features", "groups", "size")
-
-    def __init__(self, features: int) -> None:
-        count = 1 if features < 96 else 4 if features < 256 else 8
-        self.features = features
-        self.groups = _GROUPS if features < 256 else min(_GROUPS, features // 56)
-        self.blocks: list[tuple[int, int, int]] = []
-        diagonal = np.empty(features, dtype=np.int64)
-        self.size = 0
-        for first in range(0, features, -(-features // count)):
-            height = min(-(-features // count), features - first)
-            width = features - first
-            diagonal[first : first + height] = self.size + np.arange(height) * (width + 1)
-            self.blocks.append((first, height, self.size))
-            self.size += height * width
-        self.diagonal: npt.NDArray[np.int64] = diagonal
-
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """The dense blocks, shape (height, D − first) each, as views of a flat buffer of `size` elements."""
-        return [flat[start : start + h * (self.features - f)].view(h, -1) for f, h, start in self.blocks]
-
-
-@lru_cache(maxsize=256)
-def block_plan(features: int) -> BlockPlan:
-    """The (cached) plan for a number of features."""
-    return BlockPlan(features)
-
-
-class Workspace:
-    """Scratch memory that all accumulators of one device share; grows to the largest layer and stays there.
-
-    Holds a chunk of centred rows and one product. Only valid until the next call, so accumulators that share
-    a workspace are used under one lock.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._products: dict[tuple[int, torch.dtype], tuple[Tensor, list[Tensor]]] = {}
-
-    def _buffer(self, role: str, size: int, dtype: torch.dtype) -> Tensor:
-        buffer = self._flat.get((role, dtype))
-        if buffer is None or buffer.numel() < size:
-            buffer = self._flat[role, dtype] = _empty(size, dtype, self.device)
-            if role == "product":
-                self._products = {key: views for key, views in self._products.items() if key[1] != dtype}
-        return buffer[:size]
-
-    def rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An uninitialised contiguous tensor of this shape."""
-        return self._buffer("rows", shape.numel(), dtype).view(shape)
-
-    def product(self, plan: BlockPlan, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """An uninitialised flat product and its blocks."""
-        found = self._products.get((plan.features, dtype))
-        if found is None:
-            flat = self._buffer("product", plan.size, dtype)
-            found = self._products[plan.features, dtype] = (flat, plan.views(flat))
-        return found
-
-
-def _empty(size: int | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # Tensors made inside inference mode could not be written to outside of it.
-    with torch.inference_mode(False):
-        return torch.empty(size, dtype=dtype, device=device)
-
-
-def _zeros(size: int | tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.float64) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.zeros(size, dtype=dtype, device=device)
-
-
-@contextmanager
-def _ieee_products(device: torch.device) -> Iterator[None]:
-    """Keep TF32 and bfloat16 out of float32 products, whatever the user chose for the training."""
-    backends: Any = torch.backends
-    backend: Any = backends.cuda.matmul if device.type == "cuda" else getattr(backends.mkldnn, "matmul", None)
-    chosen = getattr(backend, "fp32_precision", None)
-    if chosen in (None, "ieee", "none"):
-        if chosen is None and device.type == "cuda" and backend.allow_tf32:  # torch < 2.9
-            backend.allow_tf32 = False
-            try:
-                yield
-            finally:
-                backend.allow_tf32 = True
-            return
-        yield
-        return
-    # What comes from a wider setting is given back as such, so that it goes on following it.
-    backend.fp32_precision = "none"
-    inherited = backend.fp32_precision == chosen
-    backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = "none" if inherited else chosen
 
 
 class Accumulator:
@@ -179,16 +68,16 @@ class Accumulator:
         self.precision = torch.float64 if features < _NARROW else precision
         self.checked = workspace.device.type == "cpu"
         self._plan = block_plan(features)
-        self._sums = _zeros(self._plan.size, workspace.device)
+        self._sums = zeros(self._plan.size, workspace.device)
         self._blocks = self._plan.views(self._sums)
         # Row 0 is the group of everything folded so far; a group's residual is r/n, see the module's head.
-        self._counts = _zeros(self._plan.groups + 1, workspace.device)
-        self._means = _zeros((self._plan.groups + 1, features), workspace.device)
-        self._residuals = _zeros((self._plan.groups + 1, features), workspace.device)
+        self._counts = zeros(self._plan.groups + 1, workspace.device)
+        self._means = zeros((self._plan.groups + 1, features), workspace.device)
+        self._residuals = zeros((self._plan.groups + 1, features), workspace.device)
         self._waiting = 0
         # Stays set when an interrupt, or no memory, parts a sum from its count; then nothing is added any more.
         self.adding = False
-        self._dropped = _zeros((), workspace.device, torch.int64)
+        self._dropped = zeros((), workspace.device, torch.int64)
         self._ready = torch.cuda.Event() if workspace.device.type == "cuda" else None
         if self.checked:  # numpy adds float32 to float64 four times as fast as torch, and indexes without a dispatch
             self._sums_np: F64 = self._sums.numpy()
@@ -315,7 +204,7 @@ class Accumulator:
     def _product(self, centred: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The upper blocks of centredᵀ·centred, in scratch memory."""
         flat, blocks = self.workspace.product(self._plan, centred.dtype)
-        with _ieee_products(centred.device):
+        with ieee_products(centred.device):
             for (first, height, _), block in zip(self._plan.blocks, blocks, strict=True):
                 # With `out=` autocast leaves the product alone.
                 torch.mm(centred[:, first : first + height].t(), centred[:, first:], out=block)

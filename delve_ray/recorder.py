@@ -23,10 +23,11 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
-from delve_ray.accumulator import Accumulator, Workspace, block_plan
+from delve_ray.accumulator import Accumulator
 from delve_ray.errors import OptionError
 from delve_ray.layers import RowOptions, TrackedLayer
 from delve_ray.moments import triangle_size
+from delve_ray.workspace import Workspace, block_plan
 
 log = logging.getLogger(__name__)
 

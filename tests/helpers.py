@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from delve_ray import spectrum
-from delve_ray.accumulator import Accumulator, Workspace
+from delve_ray.accumulator import Accumulator
 from delve_ray.errors import OptionError
 from delve_ray.layers import RowOptions, select_layers
 from delve_ray.moments import Moments
 from delve_ray.recorder import Harvest, Recorder, RecorderOptions
+from delve_ray.workspace import Workspace
 
 F64 = npt.NDArray[np.float64]
 

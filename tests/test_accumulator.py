@@ -16,8 +16,9 @@ from torch import Tensor
 
 from delve_ray import accumulator as module
 from delve_ray import spectrum
-from delve_ray.accumulator import Accumulator, BlockPlan, Workspace, block_plan
+from delve_ray.accumulator import Accumulator
 from delve_ray.moments import Moments, PackedTotal
+from delve_ray.workspace import BlockPlan, Workspace, block_plan
 from tests.helpers import (
     TOLERANCE,
     accumulate,
