@@ -238,8 +238,8 @@ class SaturationTracker:
 
         Without `wait` these are the ones that this worker has heard of, at once. With `wait` they contain the
         window that this rank closed last; that needs every rank to close it. After `close()` they are the last that
-        this rank has heard of. Raises StoreError when it is not
-        published within `timeout` seconds (60 by default), naming the ranks that are missing.
+        this rank has heard of. Raises StoreError when the window is not published within `timeout` seconds (60 by
+        default), naming the ranks that are missing.
         """
         limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
         if not wait or self._closed:
