@@ -94,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _SUMMARY = (
-    "Shows where each run is, what it has published, and its layers: samples, intrinsic dimensionality, saturation. "
+    "Shows where each run is, what it has published, and its layers: samples, samples per feature (n/d) where there is "
+    "room, intrinsic dimensionality, saturation; layers with fewer samples than features are named below. "
     "With --json, prints the rows of these windows as a list of objects under the names of the Parquet columns; "
     "values that are null, NaN or infinite are null there, and times are ISO 8601."
 )

@@ -17,7 +17,8 @@ import pyarrow as pa
 F64 = npt.NDArray[np.float64]
 
 SCHEMA_VERSION = 1
-"""Raised when a column changes its meaning; readers refuse a newer one by name."""
+"""Raised when a column changes its meaning; readers refuse a newer one by name. A new column does not raise it: it is
+null for the rows of files that were written without it, and readers of before leave it alone."""
 VERSION_KEY = b"delve_ray.schema_version"
 
 PHASES = ("train", "eval")
@@ -39,17 +40,26 @@ SCALAR_STATS = (
     "alpha",
     "noise_rank",
 )
-"""Long names of the scalar statistics: Parquet columns and the first part of metric keys."""
-INTEGER_STATS = frozenset({"intrinsic_dimensionality"})
+"""Long names of the scalar statistics of Q's own spectrum: Parquet columns and the first part of metric keys."""
+EXTRA_STATS = (
+    "correlation_saturation",
+    "correlation_intrinsic_dimensionality",
+    "correlation_effective_rank",
+    "rankme",
+)
+"""Further ones, each from the decomposition of another matrix: computed only where they are asked for by name."""
+INTEGER_STATS = frozenset({"intrinsic_dimensionality", "correlation_intrinsic_dimensionality"})
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
     """One layer in one window of one phase.
 
-    `stats` maps the long names in `SCALAR_STATS` to values; a statistic that was not asked for, or is not
-    defined for this spectrum, is absent and becomes null on disk. `eigenvalues` is float64, descending.
+    `stats` maps the long names in `SCALAR_STATS` and `EXTRA_STATS` to values; a statistic that was not asked for, or
+    is not defined for this spectrum, is absent and becomes null on disk. `eigenvalues` is float64, descending.
     `covariance` is the packed upper triangle (row-major, float64, d(d+1)/2) or None when not asked for.
+    `thresholds` holds all δ where the run has several, `threshold` being the first of them, and
+    `intrinsic_dimensionalities` the k(δ) of each; both are empty where there is only one.
     """
 
     layer: str
@@ -74,6 +84,29 @@ class LayerRow:
     def mean_norm(self) -> float:
         """Euclidean norm of the mean row."""
         return float(np.linalg.norm(self.mean))
+
+    @property
+    def samples_per_feature(self) -> float | None:
+        """n/d, the observations there are for each feature; None without features."""
+        return samples_per_feature(self.samples, self.features)
+
+    @property
+    def undersampled(self) -> bool:
+        """Whether n < d, so that n/d is below 1.
+
+        n observations span at most n - 1 directions about their mean. With n < d the covariance lacks rank whatever
+        the layer does, and a statistic of rank says more about n than about the layer.
+        """
+        return self.samples < self.features
+
+
+def samples_per_feature(samples: int, features: int) -> float | None:
+    """Return n/d; None without features.
+
+    >>> samples_per_feature(100, 40)
+    2.5
+    """
+    return samples / features if features else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +135,10 @@ def _versioned(fields: Sequence[pa.Field]) -> pa.Schema:
     return pa.schema(list(fields), metadata={VERSION_KEY: str(SCHEMA_VERSION).encode()})
 
 
+def _stat_field(name: str) -> pa.Field:
+    return pa.field(name, pa.int32() if name in INTEGER_STATS else pa.float64())
+
+
 _WINDOW_FIELDS = (
     pa.field("run", pa.string()),
     pa.field("trial", pa.string()),
@@ -122,8 +159,10 @@ _WINDOW_FIELDS = (
 SPECTRA_SCHEMA = _versioned(
     [
         *_WINDOW_FIELDS,
+        pa.field("samples_per_feature", pa.float64()),
+        pa.field("undersampled", pa.bool_()),
         pa.field("threshold", pa.float64()),
-        *(pa.field(name, pa.int32() if name in INTEGER_STATS else pa.float64()) for name in SCALAR_STATS),
+        *(_stat_field(name) for name in (*SCALAR_STATS, *EXTRA_STATS)),
         pa.field("alpha_r2", pa.float64()),
         pa.field("alpha_from", pa.int32()),
         pa.field("alpha_to", pa.int32()),

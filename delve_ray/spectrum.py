@@ -1,103 +1,38 @@
 """From a covariance to its eigenvalues, and from them to every published statistic: pure functions.
 
-Throughout, `eigenvalues` is the float64 array λ1 ≥ … ≥ λd ≥ 0 of shape (d,) that the function `eigenvalues`
-returns, in squared units of the layer's output; it is not checked again and never changed. Ratios are taken
-from λ/λ1, so that no scale that float64 can hold over- or underflows on the way.
+Throughout, `eigenvalues` is the float64 array λ1 ≥ … ≥ λd ≥ 0 of shape (d,) that `matrices.eigenvalues` returns, in
+squared units of the layer's output; it is not checked again and never changed. Ratios are taken from λ/λ1, so
+that no scale that float64 can hold over- or underflows on the way.
 
 Eigenvalues under `rounding_floor`, the rounding of the products that Q was summed from, count as zero where
-noise would look like signal (determinants, condition number, power law, noise rank); sums keep them.
+noise would look like signal (determinants, condition number, power law, noise rank); sums keep them. Where a bound
+that leaves out much of a wide layer would do harm, k(1) and RankMe, it is `rounding_reach` that decides.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
-from delve_ray.errors import OptionError
-from delve_ray.schema import ALWAYS, F64, SCALAR_STATS
+from delve_ray.matrices import FLOAT32_EPS as FLOAT32_EPS
+from delve_ray.matrices import correlation, second_moment
+from delve_ray.matrices import eigenvalues as eigenvalues
+from delve_ray.schema import ALWAYS, EXTRA_STATS, F64, SCALAR_STATS
+from delve_ray.stat_options import CORRELATION_STATS
+from delve_ray.stat_options import check_threshold as check_threshold
+from delve_ray.stat_options import check_thresholds as check_thresholds
+from delve_ray.stat_options import resolve_stats as resolve_stats
 
-FLOAT32_EPS = float(np.finfo(np.float32).eps)
-COVARIANCE_STAT = "cov"  # the one statistic that is no scalar: the covariance itself is written
+_FLOAT64_EPS = float(np.finfo(np.float64).eps)
 _SHARE_TOLERANCE = 1e-12  # a cumulative share this far under δ has reached it: the rounding of a sum of d terms
 _MIN_FIT_POINTS, _PREFERRED_FIT_POINTS, _MAX_FIT_RANK = 5, 10, 500
+_RANKME_EPS = 1e-7  # the paper's, for float32
 _FLAT_LOG_SPREAD = 1e-12  # logarithms that spread less than this differ by rounding alone
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(40)  # for a smooth integrand: exact to float64
-_CANONICAL = (*SCALAR_STATS, COVARIANCE_STAT)
-_ALIASES = {
-    "lsat": "saturation",
-    "idim": "intrinsic_dimensionality",
-    "trc": "trace",
-    "dtrc": "diagonal_trace",
-    "det": "determinant",
-    "covariance": COVARIANCE_STAT,
-}
-
-
-def check_threshold(value: object) -> float:
-    """Return the option `sat_threshold` as a float, or raise OptionError if it is not a number in (0, 1].
-
-    >>> check_threshold(0.99)
-    0.99
-    """
-    rule = "it is the share of variance to explain, a number in (0, 1] such as 0.99"
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise OptionError(f"sat_threshold={value!r} is of type {type(value).__name__}; {rule}")
-    if not 0 < value <= 1:
-        hint = f"; for {value} percent write {value / 100:g}" if 1 < value <= 100 else ""
-        raise OptionError(f"sat_threshold={value} is out of range; {rule}{hint}")
-    return float(value)
-
-
-def resolve_stats(stats: Sequence[str] | str | None) -> tuple[str, ...]:
-    """Return the canonical names of the statistics asked for, in the order of the contract, each once.
-
-    Takes long names, Delve's short ones (lsat, idim, cov, det, trc, dtrc) and "covariance"; a bare string is
-    one name, None every scalar. Raises OptionError for others, NotImplementedError for Delve's "embed".
-
-    >>> resolve_stats(["cov", "trc", "lsat", "saturation"])
-    ('saturation', 'trace', 'cov')
-    """
-    if stats is None:
-        return SCALAR_STATS
-    if not isinstance(stats, (str, Sequence, set, frozenset)):
-        raise OptionError(f"stats={stats!r} is of type {type(stats).__name__}; it is a list of names or None")
-    known, asked = (*_CANONICAL, *_ALIASES), set()
-    for name in [stats] if isinstance(stats, str) else stats:
-        if name == "embed":
-            raise NotImplementedError('stats: "embed" (saving layer outputs) is not implemented; leave it out')
-        if name not in known:
-            close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise OptionError(f"stats: unknown name {name!r}; {hint}Valid names: {', '.join(known)}")
-        asked.add(_ALIASES.get(name, name))
-    return tuple(name for name in _CANONICAL if name in asked)
-
-
-def eigenvalues(covariance: F64) -> F64:
-    """Return the eigenvalues of a covariance, descending, with negatives from rounding clipped to 0.
-
-    `covariance` is (d, d), row-major, and is computed with in float64; only its upper triangle is read. The
-    result is (d,) float64. Raises ValueError for a matrix that is not square, or not finite. Entries may lie
-    anywhere in float64's range: LAPACK's symmetric driver (dsyevd) scales into a safe range by itself.
-
-    >>> eigenvalues(np.array([[2.0, 1.0], [0.0, 2.0]])).round(12).tolist()
-    [3.0, 1.0]
-    """
-    matrix = np.asarray(covariance, dtype=np.float64)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"a covariance is a square matrix, got shape {matrix.shape}")
-    try:
-        descending: F64 = np.linalg.eigvalsh(matrix, UPLO="U")[::-1].astype(np.float64, copy=False)
-    except np.linalg.LinAlgError:  # what LAPACK makes of NaN and inf from d = 3 on; smaller ones give NaN
-        descending = np.full(1, np.nan)
-    if not np.isfinite(descending).all():
-        raise ValueError(f"no finite eigenvalues: the {matrix.shape} covariance holds NaN or inf, or overflows")
-    return np.maximum(descending, 0.0)
 
 
 def rounding_floor(eigenvalues: F64, product_eps: float = FLOAT32_EPS) -> float:
@@ -111,6 +46,19 @@ def rounding_floor(eigenvalues: F64, product_eps: float = FLOAT32_EPS) -> float:
     return eigenvalues.size * float(product_eps) * float(eigenvalues.max(initial=0.0))
 
 
+def rounding_reach(eigenvalues: F64, product_eps: float = FLOAT32_EPS) -> float:
+    """Return 2·ε·λ1, as far as rounding reaches in practice; all else as `rounding_floor`, which is a bound.
+
+    The eigenvalues that float32 products gave rows of low rank in place of zeros came to 0.02 to 1.3·ε·λ1, the less
+    the wider the layer: errors of single products partly cancel. `rounding_floor` is far above that, and at
+    d = 4096 above most eigenvalues of a layer whose spectrum falls like i^-1.5.
+
+    >>> rounding_reach(np.array([4.0, 1.0]), product_eps=0.001)
+    0.008
+    """
+    return 2.0 * float(product_eps) * float(eigenvalues.max(initial=0.0))
+
+
 def _resolved(eigenvalues: F64, product_eps: float) -> F64:
     """Return the leading eigenvalues that are neither zero nor rounding."""
     floor = rounding_floor(eigenvalues, product_eps)
@@ -122,27 +70,35 @@ def _relative(eigenvalues: F64) -> F64:
     return eigenvalues / eigenvalues[0] if eigenvalues.any() else eigenvalues[:0]
 
 
-def intrinsic_dimensionality(eigenvalues: F64, threshold: float = 0.99) -> int:
+def intrinsic_dimensionality(eigenvalues: F64, threshold: float = 0.99, product_eps: float = FLOAT32_EPS) -> int:
     """Return k(δ), the number of leading eigenvalues that explain the share δ = `threshold` of the variance.
 
-    The smallest k with (λ1+…+λk)/Σλ ≥ δ - 1e-12; 0 if Σλ = 0. Raises OptionError for δ outside (0, 1].
+    The smallest k with (λ1+…+λk)/Σλ ≥ δ - 1e-12; 0 if Σλ = 0. Rounding counts as variance, which matters only where
+    1 - δ is less than its share, a few d·ε at most. At δ = 1 (to within 1e-12) it would be all that decides, and a
+    layer of rank one have k = d: there, only eigenvalues above `rounding_reach` count, and k(δ) ≤ k(1) holds for
+    all δ up to 1 - 2·d·ε. Raises OptionError for δ outside (0, 1].
     Source: Shenk et al., Feature Space Saturation during Training, arXiv 2006.08679.
 
     >>> intrinsic_dimensionality(np.array([8.0, 1.0, 1.0]), threshold=0.9)
     2
+    >>> noisy = np.array([8.0, 1.0, 1e-9])
+    >>> intrinsic_dimensionality(noisy, threshold=1.0), intrinsic_dimensionality(noisy, threshold=1 - 1e-11)
+    (2, 3)
     """
-    share = check_threshold(threshold) - _SHARE_TOLERANCE
+    delta = check_threshold(threshold)
+    if delta >= 1.0 - _SHARE_TOLERANCE:
+        eigenvalues = eigenvalues[: np.count_nonzero(eigenvalues > rounding_reach(eigenvalues, product_eps))]
     cumulative = np.cumsum(_relative(eigenvalues))
-    return 1 + int(np.searchsorted(cumulative / cumulative[-1], share)) if cumulative.size else 0
+    return 1 + int(np.searchsorted(cumulative / cumulative[-1], delta - _SHARE_TOLERANCE)) if cumulative.size else 0
 
 
-def saturation(eigenvalues: F64, threshold: float = 0.99) -> float:
+def saturation(eigenvalues: F64, threshold: float = 0.99, product_eps: float = FLOAT32_EPS) -> float:
     """Return k(δ)/d, the share of its width that a layer uses; all else as `intrinsic_dimensionality`.
 
     >>> saturation(np.array([8.0, 1.0, 1.0, 0.0]), threshold=0.9)
     0.5
     """
-    return intrinsic_dimensionality(eigenvalues, threshold) / max(eigenvalues.size, 1)
+    return intrinsic_dimensionality(eigenvalues, threshold, product_eps) / max(eigenvalues.size, 1)
 
 
 def log_determinant(eigenvalues: F64, product_eps: float = FLOAT32_EPS) -> float:
@@ -184,6 +140,26 @@ def effective_rank(eigenvalues: F64) -> float:
     2.0
     """
     return math.exp(spectral_entropy(eigenvalues)) if eigenvalues.any() else 0.0
+
+
+def rankme(uncentred: F64, samples: int, floor: float = 0.0) -> float:
+    """Return RankMe, exp(-Σ p log p) with p_i = σ_i/Σσ + 1e-7 over i ≤ min(n, d); 0 if Σσ = 0.
+
+    `uncentred` holds the eigenvalues λ of the rows' `second_moment`, descending, so that σ_i = √(n·λ_i) are the
+    singular values of the rows as they are; `samples` is n. The paper adds its 1e-7 after dividing, so the p sum to
+    a little over 1: rank one gives 1 + 1.5e-6·min(n, d). Eigenvalues up to `floor` count as zero: what rounding
+    leaves, say 1e-8·λ1, has the root 1e-4·σ1, and there may be d of it.
+    Source: Garrido et al., RankMe, ICML 2023, arXiv 2210.02885.
+
+    >>> round(rankme(np.array([4.0, 4.0, 0.0]), samples=100), 4)
+    2.0
+    """
+    counted = np.where(uncentred > floor, uncentred, 0.0)[: max(int(samples), 0)]
+    if not counted.any():
+        return 0.0
+    singular = np.sqrt(_relative(counted))
+    p = singular / singular.sum() + _RANKME_EPS
+    return math.exp(-float(p @ np.log(p)))
 
 
 def participation_ratio(eigenvalues: F64) -> float:
@@ -301,13 +277,15 @@ def noise_rank(eigenvalues: F64, samples: int, product_eps: float = FLOAT32_EPS)
 class Statistics:
     """The statistics asked for and defined, under their long names in the contract's order.
 
-    In `values`, `intrinsic_dimensionality` is an int. The other fields belong to `alpha`, None without it.
+    In `values`, intrinsic dimensionalities are ints. `intrinsic_dimensionalities` has k(δ) of each of several
+    thresholds; the other fields belong to `alpha`, None without it.
     """
 
     values: dict[str, float]
     alpha_r2: float | None = None
     alpha_from: int | None = None
     alpha_to: int | None = None
+    intrinsic_dimensionalities: tuple[int, ...] = ()
 
 
 def statistics(
@@ -316,23 +294,50 @@ def statistics(
     trace: float,
     samples: int,
     threshold: float,
+    thresholds: Sequence[float] = (),
     stats: Sequence[str] | str | None = SCALAR_STATS,
     product_eps: float = FLOAT32_EPS,
+    covariance: F64 | None = None,
+    mean: F64 | None = None,
 ) -> Statistics:
-    """Compute the statistics asked for from one spectrum.
+    """Compute the statistics asked for from one spectrum, and `schema.EXTRA_STATS` from that of another matrix.
 
     `trace` is the sum of Q's diagonal, `diagonal_trace` that of the clipped eigenvalues; `samples` is n; `stats`
     goes through `resolve_stats`. Saturation and intrinsic dimensionality are always there, "cov" adds no value.
-    Raises OptionError for a bad threshold or name.
+    `covariance` is Q (its upper triangle is enough) and `mean` the mean row: `EXTRA_STATS` need them, and one
+    decomposition for RankMe, one for all that is of the correlation. Raises OptionError for a bad threshold or
+    name, ValueError where they are needed and not given.
 
     >>> statistics(np.array([8.0, 1.0, 1.0]), trace=10.0, samples=100, threshold=0.9, stats=["trc"]).values
     {'saturation': 0.6666666666666666, 'intrinsic_dimensionality': 2, 'trace': 10.0}
     """
     asked = {*ALWAYS, *resolve_stats(stats)}
     fit = power_law_exponent(eigenvalues, product_eps) if "alpha" in asked else None
+    values = _own_statistics(eigenvalues, asked, fit, trace, samples, threshold, product_eps)
+    if extra := [name for name in EXTRA_STATS if name in asked]:
+        if covariance is None or mean is None:
+            raise ValueError(f"stats {', '.join(extra)} need the covariance and the mean")
+        of_others = _statistics_of_others(eigenvalues, asked, covariance, mean, samples, threshold, product_eps)
+        values |= {name: of_others[name] for name in extra}
+    dimensions = tuple(intrinsic_dimensionality(eigenvalues, delta, product_eps) for delta in thresholds)
+    if fit is None:
+        return Statistics(values, intrinsic_dimensionalities=dimensions)
+    return Statistics(values, fit.r2, fit.first_rank, fit.last_rank, dimensions)
+
+
+def _own_statistics(
+    eigenvalues: F64,
+    asked: Container[str],
+    fit: PowerLawFit | None,
+    trace: float,
+    samples: int,
+    threshold: float,
+    product_eps: float,
+) -> dict[str, float]:
+    """Those of `SCALAR_STATS` that are asked for and defined, in that order."""
     by_name: dict[str, Callable[[], float | None]] = {
-        "saturation": lambda: saturation(eigenvalues, threshold),
-        "intrinsic_dimensionality": lambda: intrinsic_dimensionality(eigenvalues, threshold),
+        "saturation": lambda: saturation(eigenvalues, threshold, product_eps),
+        "intrinsic_dimensionality": lambda: intrinsic_dimensionality(eigenvalues, threshold, product_eps),
         "trace": lambda: float(trace),
         "diagonal_trace": lambda: float(eigenvalues.sum()),
         "determinant": lambda: determinant(eigenvalues, product_eps),
@@ -346,5 +351,26 @@ def statistics(
         "noise_rank": lambda: float(noise_rank(eigenvalues, samples, product_eps)),
     }
     with np.errstate(over="ignore"):  # a sum beyond float64 is inf, and says so by itself
-        values = {name: value for name in SCALAR_STATS if name in asked and (value := by_name[name]()) is not None}
-    return Statistics(values, *((fit.r2, fit.first_rank, fit.last_rank) if fit else ()))
+        return {name: value for name in SCALAR_STATS if name in asked and (value := by_name[name]()) is not None}
+
+
+def _statistics_of_others(
+    own: F64, asked: Container[str], covariance: F64, mean: F64, samples: int, threshold: float, product_eps: float
+) -> dict[str, float]:
+    """`EXTRA_STATS` of those matrices, other than Q, that one of them is asked of: a decomposition each.
+
+    `own` are the eigenvalues of Q. A feature that the correlation leaves out still counts in the width d. In RankMe
+    two roundings count, that of the products in Q and that of float64 in Q + z̄ ⊗ z̄; the mean is exact.
+    """
+    values: dict[str, float] = {}
+    if any(name in asked for name in CORRELATION_STATS):
+        correlated = eigenvalues(correlation(covariance, mean, product_eps))
+        dimension = intrinsic_dimensionality(correlated, threshold, product_eps)
+        values["correlation_saturation"] = dimension / max(own.size, 1)
+        values["correlation_intrinsic_dimensionality"] = dimension
+        values["correlation_effective_rank"] = effective_rank(correlated)
+    if "rankme" in asked:
+        uncentred = eigenvalues(second_moment(covariance, mean))
+        floor = max(rounding_reach(own, product_eps), rounding_reach(uncentred, _FLOAT64_EPS))
+        values["rankme"] = rankme(uncentred, samples, floor)
+    return values

@@ -53,6 +53,17 @@ def test_summary_of_a_step_and_phase(tmp_path, capsys):
     assert "\n".join(table) == layer_table(read_spectra(tmp_path), step=1, phase="eval")
 
 
+def test_summary_names_layers_with_too_few_samples(tmp_path, capsys):
+    publish(tmp_path, phases=("eval",), samples=2)
+
+    assert main(["summary", str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[3].split()[:5] == ["layer", "type", "features", "samples", "n/d"]
+    assert table[4].split()[:5] == ["conv1", "Linear", "3", "2", "0.67"]
+    assert table[-1] == "eval: undersampled, n/d is below 1: conv1 0.67, fc 0.67"
+    assert max(map(len, table[2:])) <= 80
+
+
 def test_summary_of_several_runs_and_of_one_without_rows(tmp_path, capsys):
     publish(tmp_path / "sweep" / "a", run="first")
     publish(tmp_path / "sweep" / "b", run="second")
@@ -83,6 +94,7 @@ def test_json_has_the_rows_of_the_table_under_the_names_of_the_columns(tmp_path,
     assert all(list(row) == SPECTRA_SCHEMA.names for row in rows)
     assert (rows[0]["eigenvalues"], rows[0]["saturation"]) == ([4.0, 2.5, 0.0], 2 / 3)
     assert (rows[0]["intrinsic_dimensionality"], rows[0]["final"], rows[0]["alpha"]) == (2, True, None)
+    assert (rows[0]["samples_per_feature"], rows[0]["undersampled"], rows[0]["rankme"]) == (100 / 3, False, None)
     assert datetime.fromisoformat(rows[0]["wall_time"]) == START
 
 

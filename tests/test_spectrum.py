@@ -13,92 +13,17 @@ from scipy import integrate
 
 from delve_ray import spectrum
 from delve_ray.errors import OptionError
-from delve_ray.schema import F64, SCALAR_STATS
+from delve_ray.schema import EXTRA_STATS, F64, SCALAR_STATS
+from tests.covariances import FLOAT64_EPS, population_covariance, random_rotation, rotated
 
 # Nothing here may warn: a spectrum at the end of float64's range is an ordinary input.
 pytestmark = pytest.mark.filterwarnings("error")
-
-FLOAT64_EPS = float(np.finfo(np.float64).eps)
-
-
-def random_rotation(features: int, seed: int = 0) -> F64:
-    """Return an orthogonal matrix, uniformly distributed."""
-    q, r = np.linalg.qr(np.random.default_rng(seed).normal(size=(features, features)))
-    return np.asarray(q * np.sign(np.diag(r)))
-
-
-def rotated(spectrum_d: F64, seed: int = 0) -> F64:
-    """Return a covariance with the given eigenvalues and random eigenvectors."""
-    rotation = random_rotation(spectrum_d.size, seed)
-    return np.asarray((rotation * spectrum_d) @ rotation.T)
-
-
-def population_covariance(rows: F64) -> F64:
-    """Return the two-pass covariance of rows, divided by their number."""
-    centred = rows - rows.mean(0)
-    return np.asarray(centred.T @ centred / len(rows))
 
 
 def every_statistic(lam: F64, *, samples: int = 10_000, product_eps: float = FLOAT64_EPS) -> spectrum.Statistics:
     """Return all scalars of a spectrum at δ = 0.99."""
     trace = float(sum(lam.tolist()))  # Python's sum is inf without a warning where float64 ends
     return spectrum.statistics(lam, trace=trace, samples=samples, threshold=0.99, product_eps=product_eps)
-
-
-# --- eigenvalues ---------------------------------------------------------------------------------------
-
-
-def test_eigenvalues_come_back_through_a_random_rotation_in_descending_order() -> None:
-    expected = 0.5 ** np.arange(40)
-    lam = spectrum.eigenvalues(rotated(expected))
-    assert lam.dtype == np.float64
-    assert np.all(np.diff(lam) <= 0)
-    np.testing.assert_allclose(lam, expected, rtol=0, atol=1e-14)
-
-
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, 1e308])
-def test_only_the_upper_triangle_is_read(garbage: float) -> None:
-    covariance = rotated(np.linspace(5, 1, 30))
-    expected = spectrum.eigenvalues(covariance)
-    covariance[np.tril_indices(30, -1)] = garbage
-    before = covariance.copy()
-    np.testing.assert_array_equal(spectrum.eigenvalues(covariance), expected)
-    np.testing.assert_array_equal(covariance, before)
-
-
-def test_negative_eigenvalues_from_rounding_become_zero() -> None:
-    lam = spectrum.eigenvalues(np.array([[1.0, 2.0], [2.0, 1.0]]))
-    np.testing.assert_allclose(lam, [3.0, 0.0], rtol=1e-15)
-    assert lam[1] == 0.0
-
-
-@pytest.mark.parametrize("features", [1, 2, 3, 50])
-@pytest.mark.parametrize("exponent", [-1000, -600, 600, 1000])
-def test_eigenvalues_at_the_ends_of_float64(features: int, exponent: int) -> None:
-    covariance = rotated(np.linspace(2, 1, features))
-    lam = spectrum.eigenvalues(np.ldexp(covariance, exponent))
-    np.testing.assert_allclose(np.ldexp(lam, -exponent), np.linspace(2, 1, features), rtol=1e-13)
-
-
-def test_a_float32_covariance_is_decomposed_in_float64() -> None:
-    covariance = rotated(np.linspace(2, 1, 20)).astype(np.float32)
-    expected = spectrum.eigenvalues(covariance.astype(np.float64))
-    np.testing.assert_array_equal(spectrum.eigenvalues(covariance), expected)
-
-
-@pytest.mark.parametrize("features", [1, 2, 3, 20])
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_covariance_that_is_not_finite_is_refused(features: int, bad: float) -> None:
-    covariance = np.eye(features)
-    covariance[0, -1] = bad
-    with pytest.raises(ValueError, match="NaN or inf"):
-        spectrum.eigenvalues(covariance)
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 2)])
-def test_a_covariance_that_is_not_square_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="square"):
-        spectrum.eigenvalues(np.zeros(shape))
 
 
 # --- intrinsic dimensionality and saturation -----------------------------------------------------------
@@ -122,7 +47,7 @@ def test_intrinsic_dimensionality_of_known_spectra() -> None:
 @example(lam=[1.0] * 10, threshold=0.3)
 @example(lam=[0.0, 0.0], threshold=0.5)
 def test_intrinsic_dimensionality_is_its_definition(lam: list[float], threshold: float) -> None:
-    k = spectrum.intrinsic_dimensionality(np.array(lam), threshold)
+    k = spectrum.intrinsic_dimensionality(np.array(lam), threshold, product_eps=0.0)
     total = sum(map(Fraction, lam))
     if total == 0:
         assert k == 0
@@ -156,27 +81,41 @@ def test_the_tolerance_at_the_threshold_is_1e_12() -> None:
     assert spectrum.intrinsic_dimensionality(lam, 0.75 + 1.1e-12) == 2
 
 
-@pytest.mark.parametrize("good", [0.99, 1, 1.0, 1e-6, np.float32(0.5), np.float64(0.5), np.int64(1)])
-def test_a_good_threshold_becomes_a_float(good: float) -> None:
-    assert type(spectrum.check_threshold(good)) is float
-    assert spectrum.check_threshold(good) == good
-
-
-@pytest.mark.parametrize("bad", [0, 0.0, -0.1, 1.0001, 99, math.nan, math.inf, True, "0.9", None, [0.9], 10**400])
-def test_a_bad_threshold_is_refused_in_words(bad: object) -> None:
-    with pytest.raises(OptionError) as raised:
-        spectrum.check_threshold(bad)
-    assert f"sat_threshold={bad!r} " in str(raised.value)
-    assert "(0, 1]" in str(raised.value)
-
-
-def test_a_threshold_in_percent_or_in_quotes_is_told_so() -> None:
-    with pytest.raises(OptionError, match=r"for 99 percent write 0\.99"):
-        spectrum.check_threshold(99)
-    with pytest.raises(OptionError, match="of type str"):
-        spectrum.check_threshold("0.9")
+@pytest.mark.parametrize("bad", [0.0, 1.5, "0.9", [0.9]])
+def test_a_bad_threshold_is_refused(bad: float) -> None:
     with pytest.raises(OptionError, match="sat_threshold"):
-        spectrum.intrinsic_dimensionality(np.ones(3), 0.0)
+        spectrum.intrinsic_dimensionality(np.ones(3), bad)
+    with pytest.raises(OptionError, match="sat_threshold"):
+        spectrum.saturation(np.ones(3), bad)
+
+
+@pytest.mark.parametrize("observations", [300, 3000])
+def test_all_of_the_variance_is_what_rounding_leaves_of_it(observations: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(observations, 3)) @ rng.normal(size=(3, 200))).astype(np.float32)
+    rows -= rows.mean(0)
+    lam = spectrum.eigenvalues(rows.T @ rows / np.float32(observations))
+    assert 50 < np.count_nonzero(lam) <= 200
+    assert [spectrum.intrinsic_dimensionality(lam, delta) for delta in (0.9999, 1.0, 1 - 0.9e-12)] == [3, 3, 3]
+    assert spectrum.saturation(lam, 1.0) == 3 / 200
+    assert spectrum.intrinsic_dimensionality(lam, 1.0, product_eps=1e-18) > 3
+
+
+def test_at_one_the_reach_of_rounding_decides_and_short_of_it_the_definition() -> None:
+    lam = np.array([1.0, 0.5, 0.25, 0.125])
+    assert spectrum.intrinsic_dimensionality(lam, 1.0, product_eps=0.125 / 2) == 3
+    assert spectrum.intrinsic_dimensionality(lam, 1.0, product_eps=0.124 / 2) == 4
+    assert spectrum.intrinsic_dimensionality(lam, 1 - 2e-12, product_eps=0.125 / 2) == 4
+    assert spectrum.intrinsic_dimensionality(np.zeros(3), 1.0) == 0
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.5, 3.0])
+def test_a_wide_layer_has_no_more_dimensions_at_a_share_than_in_all(alpha: float) -> None:
+    lam = np.arange(1, 4097) ** -alpha  # of α = 1.5, the bound d·ε·λ1 would leave 161
+    everything = spectrum.intrinsic_dimensionality(lam, 1.0)
+    assert everything == np.count_nonzero(lam > 2 * spectrum.FLOAT32_EPS)
+    for delta in (0.9, 0.99, 0.999, 1 - 2 * 4096 * spectrum.FLOAT32_EPS):
+        assert spectrum.intrinsic_dimensionality(lam, delta) <= everything
 
 
 # --- closed forms --------------------------------------------------------------------------------------
@@ -325,6 +264,192 @@ def test_a_flat_spectrum_has_a_perfect_fit_in_spite_of_rounding() -> None:
     assert fit == spectrum.PowerLawFit(0.0, 1.0, 11, 50)
 
 
+# --- RankMe --------------------------------------------------------------------------------------------
+
+
+def rankme_of_rows(rows: F64) -> float:
+    """RankMe as the paper writes it, from the singular values of the rows."""
+    singular = np.linalg.svd(rows, compute_uv=False)
+    p = singular / singular.sum() + 1e-7
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def extra(rows: F64, *stats: str, threshold: float = 0.99, product_eps: float = FLOAT64_EPS) -> dict[str, float]:
+    """The statistics of other matrices, from the moments of rows."""
+    covariance, mean = population_covariance(rows), rows.mean(0)
+    lam = spectrum.eigenvalues(covariance)
+    result = spectrum.statistics(
+        lam,
+        trace=float(np.trace(covariance)),
+        samples=len(rows),
+        threshold=threshold,
+        stats=stats or EXTRA_STATS,
+        product_eps=product_eps,
+        covariance=np.triu(covariance),
+        mean=mean,
+    )
+    return {name: value for name, value in result.values.items() if name in EXTRA_STATS}
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.3, 100.0])
+@pytest.mark.parametrize(("observations", "features"), [(500, 40), (41, 40), (40, 40), (15, 40), (2, 5)])
+def test_rankme_is_that_of_the_uncentred_rows(observations: int, features: int, offset: float) -> None:
+    rng = np.random.default_rng(observations)
+    rows = rng.normal(size=(observations, features)) * np.linspace(1, 9, features) + offset * rng.normal(size=features)
+    assert extra(rows, "rankme")["rankme"] == pytest.approx(rankme_of_rows(rows), rel=1e-5)
+    assert extra(-3e-5 * rows, "rankme")["rankme"] == pytest.approx(rankme_of_rows(rows), rel=1e-5)
+
+
+@pytest.mark.parametrize("features", [1, 2, 100])
+def test_rankme_of_equal_singular_values_counts_them(features: int) -> None:
+    p = 1 / features + 1e-7
+    assert spectrum.rankme(np.full(features, 0.3), samples=1000) == pytest.approx(math.exp(-features * p * math.log(p)))
+    assert spectrum.rankme(np.full(features, 0.3), samples=1000) == pytest.approx(features, rel=1e-4)
+
+
+def test_rankme_has_a_term_for_each_of_the_singular_values_that_rows_have() -> None:
+    nothing = -1e-7 * math.log(1e-7)
+    lam = np.array([4.0, 0.0, 0.0, 0.0])
+    for samples, terms in ((1, 1), (3, 3), (4, 4), (9, 4)):
+        expected = math.exp((terms - 1) * nothing - (1 + 1e-7) * math.log(1 + 1e-7))
+        assert spectrum.rankme(lam, samples) == pytest.approx(expected, rel=1e-12)
+    assert spectrum.rankme(lam, samples=0) == spectrum.rankme(np.zeros(3), samples=9) == 0.0
+    assert spectrum.rankme(np.zeros(0), samples=9) == 0.0
+
+
+def test_the_roots_of_rounding_do_not_count_in_rankme() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.outer(rng.normal(size=300), rng.normal(size=256)).astype(np.float32)
+    rows -= rows.mean(0)
+    moment = (rows.T @ rows / np.float32(300)).astype(np.float64)
+    lam = spectrum.eigenvalues(moment)
+    true = rankme_of_rows(rows.astype(np.float64))
+    assert true == pytest.approx(1, abs=1e-3)
+    assert spectrum.rankme(lam, samples=300) > 1.05
+    assert spectrum.rankme(lam, 300, spectrum.rounding_reach(lam)) == pytest.approx(true, abs=1e-3)
+    values = spectrum.statistics(
+        lam, trace=1.0, samples=300, threshold=0.99, stats="rankme", covariance=moment, mean=np.zeros(256)
+    ).values
+    assert values["rankme"] == pytest.approx(true, abs=1e-3)
+
+
+def test_a_tail_under_the_bound_of_rounding_counts_in_rankme() -> None:
+    lam = np.arange(1, 1001) ** -1.5
+    singular = np.sqrt(lam) / np.sqrt(lam).sum() + 1e-7
+    expected = math.exp(-np.sum(singular * np.log(singular)))
+    assert np.count_nonzero(lam < spectrum.rounding_floor(lam)) > 500
+    values = spectrum.statistics(
+        lam, trace=1.0, samples=9999, threshold=0.99, stats="rankme", covariance=np.diag(lam), mean=np.zeros(1000)
+    ).values
+    assert values["rankme"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_large_mean_hides_nothing_from_rankme() -> None:
+    rows = np.random.default_rng(2).normal(size=(400, 50)) + 3e4
+    true = rankme_of_rows(rows)
+    assert 1.001 < true < 1.05
+    assert extra(rows, "rankme", product_eps=spectrum.FLOAT32_EPS)["rankme"] - 1 == pytest.approx(true - 1, rel=1e-2)
+
+
+# --- correlation ---------------------------------------------------------------------------------------
+
+
+def correlation_of_rows(rows: F64, threshold: float) -> dict[str, float]:
+    """The three statistics from the eigenvalues of numpy's own correlation of the features that vary."""
+    varying = rows[:, rows.std(0) > 1e-9]
+    lam = np.linalg.eigvalsh(np.atleast_2d(np.corrcoef(varying.T)))[::-1]
+    shares = np.clip(lam / lam.sum(), 1e-300, 1)
+    k = 1 + int(np.argmax(np.cumsum(lam) / lam.sum() >= threshold - 1e-12))
+    return {
+        "correlation_saturation": k / rows.shape[1],
+        "correlation_intrinsic_dimensionality": k,
+        "correlation_effective_rank": math.exp(-np.sum(shares * np.log(shares))),
+    }
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize(("observations", "features"), [(500, 40), (30, 40), (3, 5), (2, 4)])
+def test_the_correlations_statistics_are_those_of_the_rows(observations: int, features: int, threshold: float) -> None:
+    rng = np.random.default_rng(features)
+    rows = rng.normal(size=(observations, 7)) @ rng.normal(size=(7, features)) + rng.normal(size=features)
+    rows *= 10.0 ** rng.uniform(-4, 4, features)
+    assert extra(rows, "correlation", threshold=threshold) == pytest.approx(correlation_of_rows(rows, threshold))
+
+
+def test_a_huge_activation_owns_the_covariance_and_not_the_correlation() -> None:
+    rows = np.random.default_rng(4).normal(size=(2000, 50))
+    rows[:, 7] *= 1e4
+    lam = spectrum.eigenvalues(population_covariance(rows))
+    assert spectrum.intrinsic_dimensionality(lam) == 1
+    values = extra(rows, "correlation", product_eps=spectrum.FLOAT32_EPS)
+    assert values == pytest.approx(correlation_of_rows(rows, 0.99))
+    assert values["correlation_saturation"] > 0.95
+    assert values["correlation_effective_rank"] > 48
+
+
+def test_a_constant_feature_has_no_say_and_its_place_in_the_width() -> None:
+    rows = np.random.default_rng(5).normal(size=(400, 10))
+    rows[:, [2, 5]] = [3.3333, 0.0]
+    rows[:, 5] += 1e-9 * rows[:, 0]
+    rows[:, 8] = 1e3 + 1e-4 * rows[:, 8]
+    values = extra(rows, "correlation", product_eps=spectrum.FLOAT32_EPS)
+    assert values["correlation_intrinsic_dimensionality"] == 7
+    assert values["correlation_saturation"] == 0.7
+    # The copy of feature 0 at a billionth of its size is as good as the original.
+    varying = rows[:, [0, 0, 1, 3, 4, 6, 7, 9]]
+    expected = correlation_of_rows(varying, 0.99)["correlation_effective_rank"]
+    assert values["correlation_effective_rank"] == pytest.approx(expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    features=st.integers(1, 12),
+    observations=st.integers(2, 30),
+    exponents=st.lists(st.integers(-15, 15), min_size=12, max_size=12),
+    data=st.data(),
+)
+def test_scale_sign_and_order_of_features_change_nothing_of_the_correlation(
+    features: int, observations: int, exponents: list[int], data: st.DataObject
+) -> None:
+    rng = np.random.default_rng(features * 100 + observations)
+    rows = rng.normal(size=(observations, features)) @ rng.normal(size=(features, features)) + 1.0
+    here = extra(rows, "correlation", threshold=0.9)
+    scale = np.ldexp(1.0, exponents[:features]) * rng.choice([-1.0, 1.0], features)
+    order = np.array(data.draw(st.permutations(range(features))))
+    there = extra((rows * scale)[:, order], "correlation", threshold=0.9)
+    assert there == pytest.approx(here, rel=1e-9)
+
+
+@pytest.mark.parametrize("mean", [0.0, 2.5])
+@pytest.mark.parametrize("observations", [0, 1, 8])
+@pytest.mark.parametrize("features", [0, 1, 4])
+def test_other_matrices_without_variance(features: int, observations: int, mean: float) -> None:
+    covariance, means = np.zeros((features, features)), np.full(features, mean if observations else 0.0)
+    lam = spectrum.eigenvalues(covariance)
+    result = spectrum.statistics(
+        lam,
+        trace=0.0,
+        samples=observations,
+        threshold=0.99,
+        thresholds=(0.99, 1.0),
+        stats=EXTRA_STATS,
+        covariance=covariance,
+        mean=means,
+    )
+    assert result.values["correlation_saturation"] == result.values["correlation_intrinsic_dimensionality"] == 0
+    assert result.values["correlation_effective_rank"] == 0.0
+    directions = 1 if observations and features and mean else 0
+    assert result.values["rankme"] == pytest.approx(directions, abs=1e-5)
+    assert result.intrinsic_dimensionalities == (0, 0)
+
+
+def test_one_feature_has_the_correlation_and_the_rank_one() -> None:
+    rows = np.random.default_rng(6).normal(size=(50, 1)) * 1e-3 + 5.0
+    values = extra(rows)
+    assert values.pop("rankme") == pytest.approx(1.0, abs=1e-6)
+    assert values == dict.fromkeys(EXTRA_STATS[:3], 1.0)
+
+
 # --- rounding ------------------------------------------------------------------------------------------
 
 
@@ -339,7 +464,6 @@ def test_eigenvalues_under_the_rounding_floor_count_as_zero_where_they_are_no_si
     assert fine["condition_number"] == pytest.approx(4e7)
     for stat in ("intrinsic_dimensionality", "diagonal_trace", "effective_rank", "participation_ratio"):
         assert coarse[stat] == fine[stat], stat
-    assert spectrum.intrinsic_dimensionality(lam, 1.0) == 6
 
 
 def test_an_eigenvalue_at_the_floor_is_resolved_and_one_under_it_is_not() -> None:
@@ -490,41 +614,6 @@ def test_noise_rank_with_hardly_any_observations_is_zero(samples: int) -> None:
 # --- what was asked for --------------------------------------------------------------------------------
 
 
-def test_delves_names_and_the_long_ones_mean_the_same() -> None:
-    assert spectrum.resolve_stats(["lsat", "idim", "trc", "dtrc", "det"]) == SCALAR_STATS[:5]
-    assert spectrum.resolve_stats(["cov"]) == spectrum.resolve_stats("covariance") == ("cov",)
-    assert spectrum.resolve_stats(list(SCALAR_STATS)) == SCALAR_STATS
-
-
-def test_names_come_in_the_order_of_the_contract_and_once() -> None:
-    asked = ["cov", "noise_rank", "det", "alpha", "determinant", "lsat", "covariance"]
-    expected = ("saturation", "determinant", "alpha", "noise_rank", "cov")
-    assert spectrum.resolve_stats(asked) == spectrum.resolve_stats(tuple(reversed(asked))) == expected
-    assert spectrum.resolve_stats("log_determinant") == ("log_determinant",)
-    assert spectrum.resolve_stats([]) == ()
-    assert spectrum.resolve_stats(None) == SCALAR_STATS
-
-
-def test_an_unknown_name_is_refused_with_the_names_that_are_known() -> None:
-    with pytest.raises(OptionError) as raised:
-        spectrum.resolve_stats(["lsat", "satration"])
-    assert "'satration'" in str(raised.value)
-    assert "did you mean 'saturation'?" in str(raised.value)
-    for name in (*SCALAR_STATS, "lsat", "idim", "cov", "det", "trc", "dtrc"):
-        assert name in str(raised.value)
-
-
-@pytest.mark.parametrize("bad", [5, [3], [None], [["lsat"]], "LSAT", "", object()])
-def test_stats_that_are_no_names_are_refused(bad: object) -> None:
-    with pytest.raises(OptionError, match="stats"):
-        spectrum.resolve_stats(bad)  # type: ignore[arg-type]
-
-
-def test_embed_is_named_as_not_implemented() -> None:
-    with pytest.raises(NotImplementedError, match="embed"):
-        spectrum.resolve_stats(["lsat", "embed"])
-
-
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
@@ -541,6 +630,63 @@ def test_only_what_was_asked_for_is_computed(asked: list[str] | None, expected: 
     assert (result.alpha_r2 is None) == ("alpha" not in expected)
     assert isinstance(result.values["intrinsic_dimensionality"], int)
     assert all(isinstance(result.values[name], float) for name in expected if name != "intrinsic_dimensionality")
+
+
+def test_several_thresholds_have_their_dimensions_from_the_one_spectrum() -> None:
+    lam = spectrum.eigenvalues(rotated(0.5 ** np.arange(1, 41)))
+    several = (0.9, 0.5, 0.99, 0.999)
+    result = spectrum.statistics(
+        lam, trace=1.0, samples=999, threshold=0.9, thresholds=several, stats=[], product_eps=FLOAT64_EPS
+    )
+    assert result.intrinsic_dimensionalities == (4, 1, 7, 10)  # 1 - 2^-k
+    assert all(type(k) is int for k in result.intrinsic_dimensionalities)
+    assert result.values == {"saturation": 4 / 40, "intrinsic_dimensionality": 4}
+    assert every_statistic(lam).intrinsic_dimensionalities == ()
+
+
+def test_at_one_the_precision_of_the_products_counts_in_the_statistics() -> None:
+    lam = np.array([1.0, 0.5, 1e-8])
+    for product_eps, k in ((spectrum.FLOAT32_EPS, 2), (FLOAT64_EPS, 3)):
+        result = spectrum.statistics(
+            lam, trace=1.5, samples=99, threshold=1.0, thresholds=(1.0, 0.9), product_eps=product_eps
+        )
+        assert (result.values["saturation"], result.values["intrinsic_dimensionality"]) == (k / 3, k)
+        assert result.intrinsic_dimensionalities == (k, 2)
+
+
+@pytest.mark.parametrize(
+    ("asked", "decompositions"),
+    [
+        (None, 0),
+        ("cov", 0),
+        ("correlation_saturation", 1),
+        ("correlation", 1),
+        ("rankme", 1),
+        (["rankme", "correlation", "trc"], 2),
+    ],
+)
+def test_another_matrix_is_decomposed_once_and_only_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, decompositions: int
+) -> None:
+    rows = np.random.default_rng(7).normal(size=(50, 6)) + 1.0
+    covariance = population_covariance(rows)
+    lam, shapes = spectrum.eigenvalues(covariance), []
+    original = spectrum.eigenvalues
+    monkeypatch.setattr(spectrum, "eigenvalues", lambda matrix: shapes.append(matrix.shape) or original(matrix))
+    result = spectrum.statistics(
+        lam, trace=1.0, samples=50, threshold=0.9, stats=asked, covariance=covariance, mean=rows.mean(0)
+    )
+    assert len(shapes) == decompositions
+    names = [name for name in spectrum.resolve_stats(asked) if name in EXTRA_STATS]
+    assert [name for name in result.values if name in EXTRA_STATS] == names
+    for name in names:
+        assert isinstance(result.values[name], int if name == "correlation_intrinsic_dimensionality" else float)
+
+
+def test_other_matrices_need_the_covariance_and_the_mean() -> None:
+    for some in ({}, {"covariance": np.eye(3)}, {"mean": np.zeros(3)}):
+        with pytest.raises(ValueError, match="rankme need the covariance and the mean"):
+            spectrum.statistics(np.ones(3), trace=3.0, samples=9, threshold=0.9, stats="rankme", **some)
 
 
 def test_every_scalar_is_the_function_of_its_name() -> None:

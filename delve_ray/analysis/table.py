@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from delve_ray.analysis.windows import check_phase, distinct, network_order, require_columns, select_windows
+from delve_ray.schema import samples_per_feature
 
 WIDTH = 80
 """Columns of text, unless said otherwise."""
@@ -21,6 +22,9 @@ _COLUMNS = (
     *("workers", "world_size", "final", "threshold", "intrinsic_dimensionality", "saturation"),
 )
 _MIN_BAR, _MAX_BAR = 5, 20
+_RATIO = 6
+"""Characters of n/d and a space; it is there where the bars keep `_MIN_BAR_BESIDE_RATIO`."""
+_MIN_BAR_BESIDE_RATIO = 8
 _MIN_NAME = 8
 _MAX_TYPE = 8
 _ABSENT = "–"
@@ -36,11 +40,13 @@ def layer_table(spectra: pa.Table, *, step: int | None = None, phase: str | None
         spectra: What `read_spectra` returned; several runs give one table each, headed by the run.
         step: Show this step's windows; by default the last of each phase.
         phase: "train" or "eval"; by default both, beside each other.
-        width: Columns of text to fit into. Bars shrink first, then names of layers are abbreviated.
+        width: Columns of text to fit into. Bars shrink first, then n/d (samples / features) goes, then names of
+            layers are abbreviated.
 
     Returns:
         Lines without a trailing newline. The line `mean` is the unweighted mean over layers, as in the metrics.
-        Below the table stand what was left out, and who is missing, where there is anything to say.
+        Below the table stand what was left out, who is missing, and which layers are undersampled (n < d), where
+        there is anything to say.
 
     Raises:
         ReadError: a column is missing, or the step or phase has no rows.
@@ -64,29 +70,34 @@ def _run_table(spectra: pa.Table, step: int | None, phase: str | None, width: in
         rows = spectra.filter((pc.field("phase") == name) & (pc.field("step") == shown)).to_pylist()
         windows[name] = {row["layer"]: row for row in rows}
     layers = [layer for layer in network_order(spectra) if any(layer in rows for rows in windows.values())]
-    lines = _lay_out(layers, windows, steps, width)
-    return "\n".join(line.rstrip() for line in [*lines, *_notes(windows)])
+    lines, with_ratio = _lay_out(layers, windows, steps, width)
+    return "\n".join(line.rstrip() for line in [*lines, *_notes(windows, with_ratio)])
 
 
 def _lay_out(
     layers: Sequence[str], windows: Mapping[str, Mapping[str, Row]], steps: Mapping[str, int], width: int
-) -> list[str]:
-    """Heading, one line per layer, and the mean; columns as wide as they must be, the bars take what is left."""
+) -> tuple[list[str], bool]:
+    """Heading, one line per layer, and the mean; columns as wide as they must be, the bars take what is left.
+
+    The second value says whether there was room for n/d, too.
+    """
     # Of a phase: a gap of 2, samples 7, dimension 4, the bar, per cent 4, and a space between each.
     room = width - len(" features") - len(windows) * (2 + 7 + 1 + 4 + 1 + 1 + 4)
     rows_of = {layer: next(rows[layer] for rows in windows.values() if layer in rows) for layer in layers}
     left, room = _left_columns(rows_of, room, len(windows) * _MIN_BAR)
-    bar_width = min(_MAX_BAR, max(_MIN_BAR, room // len(windows)))
+    with_ratio = room // len(windows) >= _RATIO + _MIN_BAR_BESIDE_RATIO
+    bar_width = min(_MAX_BAR, max(_MIN_BAR, room // len(windows) - (_RATIO if with_ratio else 0)))
 
-    phase_width = 7 + 1 + 4 + 1 + bar_width + 1 + 4
-    titles = [f" {name}, step {steps[name]} ".center(phase_width, "─") for name in windows]
-    heads = [f"{'samples':>7} {'dim':>4} {'saturation':<{bar_width + 5}}"] * len(windows)
+    counts = f"{'samples':>7} {'n/d':>5} {'dim':>4}" if with_ratio else f"{'samples':>7} {'dim':>4}"
+    heads = [f"{counts} {'saturation':<{bar_width + 5}}"] * len(windows)
+    titles = [f" {name}, step {steps[name]} ".center(len(heads[0]), "─") for name in windows]
     lines = ["  ".join([" " * len(left[0]), *titles]), "  ".join([left[0], *heads])]
     for layer, described in zip(layers, left[1:], strict=True):
-        cells = [_cell(rows.get(layer), bar_width) for rows in windows.values()]
+        cells = [_cell(rows.get(layer), bar_width, with_ratio) for rows in windows.values()]
         lines.append("  ".join([described, *cells]))
-    means = [f"{'':12} {_saturation(mean_saturation(rows.values()), bar_width)}" for rows in windows.values()]
-    return [*lines, "  ".join(["mean".ljust(len(left[0])), *means])]
+    saturations = [_saturation(mean_saturation(rows.values()), bar_width) for rows in windows.values()]
+    means = [f"{'':{len(counts)}} {saturation}" for saturation in saturations]
+    return [*lines, "  ".join(["mean".ljust(len(left[0])), *means])], with_ratio
 
 
 def _left_columns(rows: Mapping[str, Row], room: int, bars: int) -> tuple[list[str], int]:
@@ -109,13 +120,39 @@ def _left_columns(rows: Mapping[str, Row], room: int, bars: int) -> tuple[list[s
     return lines, room - name_width - type_width
 
 
-def _cell(row: Row | None, bar_width: int) -> str:
+def _cell(row: Row | None, bar_width: int, with_ratio: bool) -> str:
     """What one layer did in one phase."""
-    if row is None:
-        return f"{_ABSENT:>7} {_ABSENT:>4} {_saturation(None, bar_width)}"
-    dimension = row["intrinsic_dimensionality"]
-    shown = _ABSENT if dimension is None else str(dimension)
-    return f"{_count(row['samples']):>7} {shown:>4} {_saturation(row['saturation'], bar_width)}"
+    shown = row or {"samples": None, "features": None, "intrinsic_dimensionality": None, "saturation": None}
+    dimension = shown["intrinsic_dimensionality"]
+    counts = [
+        f"{_count(shown['samples']):>7}",
+        *([f"{_ratio(_samples_per_feature(shown)):>5}"] if with_ratio else []),
+        f"{_ABSENT if dimension is None else str(dimension):>4}",
+    ]
+    return f"{' '.join(counts)} {_saturation(shown['saturation'], bar_width)}"
+
+
+def _samples_per_feature(row: Row) -> float | None:
+    """n/d from a row's counts, so that files of before it was a column have it, too."""
+    known = row["samples"] is not None and row["features"] is not None
+    return samples_per_feature(row["samples"], row["features"]) if known else None
+
+
+def _ratio(value: float | None) -> str:
+    """n/d in at most five characters; what is below 1 is not rounded to it.
+
+    >>> _ratio(0.004), _ratio(0.36), _ratio(0.999), _ratio(12.34), _ratio(4581.7), _ratio(1_234_567.0)
+    ('<0.01', '0.36', '0.99', '12.3', '4582', '1e+06')
+    """
+    if value is None:
+        return _ABSENT
+    if 0 < value < 0.01:
+        return "<0.01"
+    value = min(value, 0.99) if value < 1 else value
+    for bound, digits in ((9.995, 2), (99.95, 1), (99999.5, 0)):
+        if value < bound:
+            return f"{value:.{digits}f}"
+    return f"{value:.0e}"
 
 
 def _saturation(share: float | None, bar_width: int) -> str:
@@ -201,11 +238,13 @@ def _count(number: int | None) -> str:
     return f"{number:.1e}"
 
 
-def _notes(windows: Mapping[str, Mapping[str, Row]]) -> list[str]:
+def _notes(windows: Mapping[str, Mapping[str, Row]], with_ratio: bool) -> list[str]:
     """What the numbers mean, and in which windows something is missing."""
     rows = [row for layers in windows.values() for row in layers.values()]
     shares = [f"{100 * value:g} %" for value in sorted({row["threshold"] for row in rows if row["threshold"]})]
     notes = [f"dim: dimensions that hold {' or '.join(shares) or 'δ'} of the variance; saturation: dim / features"]
+    if with_ratio or any(map(_undersampled, rows)):
+        notes.append("n/d: samples / features")
     for phase, layers in windows.items():
         if any(row["final"] is False for row in layers.values()):
             notes.append(f"{phase}: live, the window is still open")
@@ -213,8 +252,27 @@ def _notes(windows: Mapping[str, Mapping[str, Row]]) -> list[str]:
         workers, world_size = min(closed, default=(None, None))
         if workers is not None and world_size is not None and workers < world_size:
             notes.append(f"{phase}: {workers} of {world_size} workers have closed the window")
-        if left_out := {layer: row["nonfinite_rows"] for layer, row in layers.items() if row["nonfinite_rows"]}:
-            first = ", ".join(f"{printable(layer)} {count}" for layer, count in list(left_out.items())[:3])
-            more = f" and {len(left_out) - 3} more layers" if len(left_out) > 3 else ""
-            notes.append(f"{phase}: non-finite rows left out: {first}{more}")
+        left_out = {layer: str(row["nonfinite_rows"]) for layer, row in layers.items() if row["nonfinite_rows"]}
+        if left_out:
+            notes.append(f"{phase}: non-finite rows left out: {_first(left_out)}")
+        scarce = {layer: _ratio(_samples_per_feature(row)) for layer, row in layers.items() if _undersampled(row)}
+        if scarce:
+            notes.append(f"{phase}: undersampled, n/d is below 1: {_first(scarce)}")
     return notes
+
+
+def _undersampled(row: Row) -> bool:
+    """Whether a row has fewer samples than features."""
+    ratio = _samples_per_feature(row)
+    return ratio is not None and ratio < 1
+
+
+def _first(layers: Mapping[str, str], shown: int = 3) -> str:
+    """The first few layers with what is said of them, and how many more there are.
+
+    >>> _first({"a": "1", "b": "2", "c": "3", "d": "4", "e": "5"})
+    'a 1, b 2, c 3 and 2 more layers'
+    """
+    named = ", ".join(f"{printable(layer)} {said}" for layer, said in list(layers.items())[:shown])
+    more = len(layers) - shown
+    return named + (f" and {more} more layer{'s' if more > 1 else ''}" if more > 0 else "")

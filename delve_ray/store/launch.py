@@ -10,7 +10,7 @@ import numpy as np
 
 from delve_ray.checks import check_integer, check_seconds
 from delve_ray.errors import OptionError
-from delve_ray.spectrum import check_threshold, resolve_stats
+from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
 from delve_ray.store.protocol import StoreConfig
 from delve_ray.writers import check_save_to
@@ -24,7 +24,7 @@ def start_store(
     save_to: str | Sequence[str] = ("parquet", "tensorboard"),
     num_shards: int = 1,
     stats: Sequence[str] | str | None = None,
-    sat_threshold: float = 0.99,
+    sat_threshold: float | Sequence[float] = 0.99,
     publish_every: float = 30.0,
     precision: str = "float32",
 ) -> Any:
@@ -41,13 +41,15 @@ def start_store(
         raise NotImplementedError(f"num_shards={num_shards!r} is not built yet; use 1")
     if precision not in ("float32", "float64"):
         raise OptionError(f"precision={precision!r} is neither 'float32' nor 'float64'")
+    thresholds = check_thresholds(sat_threshold)
     config = StoreConfig(
         run=run,
         savefile=absolute(check_savefile(savefile)),
         world_size=check_integer("world_size", world_size, at_least=1),
         save_to=check_save_to(save_to),
         stats=resolve_stats(stats),
-        threshold=check_threshold(sat_threshold),
+        threshold=thresholds[0],
+        thresholds=thresholds if len(thresholds) > 1 else (),
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=float(np.finfo(precision).eps),
     )

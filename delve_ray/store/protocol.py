@@ -9,19 +9,20 @@ from typing import Any, Protocol
 import numpy as np
 
 from delve_ray.checks import check_integer, check_name, check_seconds
+from delve_ray.errors import OptionError
 from delve_ray.moments import F64, triangle_size
-from delve_ray.spectrum import check_threshold, resolve_stats
+from delve_ray.stat_options import check_threshold, check_thresholds, resolve_stats
 from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
 
 
 @dataclass(frozen=True, slots=True)
 class LayerInfo:
-    """What the store knows of a layer."""
+    """What the store knows of a layer; `features` is None where only a forward tells, and a delta says it."""
 
     name: str
     layer_type: str
-    features: int
+    features: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class StoreConfig:
         savefile: absolute local path or URI.
         stats: canonical long names, "cov" for covariances.
         threshold: δ of the intrinsic dimensionality.
+        thresholds: all δ where there are several, `threshold` first; empty where there is only that one.
         publish_every: seconds between live publications of an open window, 0 for none.
         product_eps: machine epsilon of the products, below which eigenvalues are rounding.
         silent_after: seconds without any sign of life from any source after which the run is ended, 0 for never.
@@ -46,6 +48,7 @@ class StoreConfig:
     save_to: tuple[str, ...] = ("parquet",)
     stats: tuple[str, ...] = ()
     threshold: float = 0.99
+    thresholds: tuple[float, ...] = ()
     publish_every: float = 30.0
     product_eps: float = float(np.finfo(np.float32).eps)
     silent_after: float = 300.0
@@ -60,11 +63,13 @@ class StoreConfig:
             check_save_to(self.save_to)
         resolve_stats(self.stats)
         check_threshold(self.threshold)
+        if self.thresholds and check_thresholds(self.thresholds)[0] != self.threshold:
+            raise OptionError(f"threshold={self.threshold} is not the first of thresholds={self.thresholds}")
         check_seconds("publish_every", self.publish_every)
         check_seconds("silent_after", self.silent_after)
 
 
-SAME_FOR_ALL = ("savefile", "world_size", "save_to", "stats", "threshold", "product_eps", "trial")
+SAME_FOR_ALL = ("savefile", "world_size", "save_to", "stats", "threshold", "thresholds", "product_eps", "trial")
 """Fields of `StoreConfig` in which a worker may not differ from the run that it joins."""
 
 
@@ -91,7 +96,8 @@ class Delta:
     For each entry (layer index, phase index, observations, non-finite rows) in order, the buffer holds the
     mean (d) and the packed scatter (d(d+1)/2). `window` is the ordinal of the window within the attempt;
     with `closes` the source says that this was its last delta for the window. `step` is the window's label where
-    the user gave it (`labelled`), otherwise a guess.
+    the user gave it (`labelled`), otherwise a guess. `widths` are the (layer index, features) of entries whose
+    layer was registered without.
     """
 
     source: Source
@@ -102,6 +108,7 @@ class Delta:
     closes: bool
     labelled: bool
     entries: tuple[tuple[int, int, int, int], ...]
+    widths: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

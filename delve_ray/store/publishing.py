@@ -19,25 +19,29 @@ log = logging.getLogger(__name__)
 def layer_row(
     layer: LayerInfo, phase: str, n: int, nonfinite: int, mean: F64, packed: F64, config: StoreConfig
 ) -> LayerRow:
-    """The published row of one layer: one decomposition, shared by all statistics.
+    """The published row of one layer: one decomposition, shared by all statistics but those of other matrices.
 
     `packed` is the packed scatter of n observations. With n = 0 (all rows were non-finite) the spectrum is zero.
     """
     covariance = packed / max(n, 1)
-    eigenvalues = spectrum.eigenvalues(unpack_triangle(covariance, layer.features, symmetric=False))
+    matrix = unpack_triangle(covariance, mean.size, symmetric=False)
+    eigenvalues = spectrum.eigenvalues(matrix)
     statistics = spectrum.statistics(
         eigenvalues,
-        trace=float(packed_diagonal(covariance, layer.features).sum()),
+        trace=float(packed_diagonal(covariance, mean.size).sum()),
         samples=n,
         threshold=config.threshold,
+        thresholds=config.thresholds,
         stats=tuple(stat for stat in config.stats if stat != "cov"),
         product_eps=config.product_eps,
+        covariance=matrix,
+        mean=mean,
     )
     return LayerRow(
         layer=layer.name,
         layer_type=layer.layer_type,
         phase=phase,
-        features=layer.features,
+        features=mean.size,
         samples=n,
         nonfinite_rows=nonfinite,
         threshold=config.threshold,
@@ -48,6 +52,8 @@ def layer_row(
         alpha_r2=statistics.alpha_r2,
         alpha_from=statistics.alpha_from,
         alpha_to=statistics.alpha_to,
+        thresholds=config.thresholds,
+        intrinsic_dimensionalities=statistics.intrinsic_dimensionalities,
     )
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from delve_ray.schema import (
     COVARIANCES_SCHEMA,
+    EXTRA_STATS,
     INTEGER_STATS,
     SCALAR_STATS,
     SCALARS_SCHEMA,
@@ -30,6 +31,8 @@ _ROW_FIELDS = (
     "features",
     "samples",
     "nonfinite_rows",
+    "samples_per_feature",
+    "undersampled",
     "threshold",
     "alpha_r2",
     "alpha_from",
@@ -121,7 +124,7 @@ def spectra_table(window: PublishedWindow) -> pa.Table:
     """The rows of a window as a table of `SPECTRA_SCHEMA`, in their order."""
     rows = window.rows
     columns = _shared_columns(window, rows)
-    for stat in SCALAR_STATS:
+    for stat in (*SCALAR_STATS, *EXTRA_STATS):
         columns[stat] = [_stat(row, stat) for row in rows]
     columns["thresholds"] = _lists([np.asarray(row.thresholds, np.float64) for row in rows])
     columns["intrinsic_dimensionalities"] = _lists(

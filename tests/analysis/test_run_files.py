@@ -7,7 +7,7 @@ import pytest
 
 from delve_ray.analysis import read_covariances, read_spectra, run_files
 from delve_ray.errors import ReadError
-from delve_ray.schema import SCHEMA_VERSION, SPECTRA_SCHEMA, VERSION_KEY
+from delve_ray.schema import EXTRA_STATS, SCHEMA_VERSION, SPECTRA_SCHEMA, VERSION_KEY
 from delve_ray.storage import Storage
 from delve_ray.writers.parquet import ParquetWriter
 from tests.windows import COVARIANCE, found, layer_row, publish, window
@@ -145,6 +145,24 @@ def test_columns_that_an_older_version_lacks_are_null(tmp_path):
 
     publish(tmp_path, ("b",), value=0.75, step=0, window=7, revision=0)
     assert found(tmp_path) == [(0, "b", 0.75), (1, "a", 0.5)]  # any revision is newer than none
+
+
+def test_files_of_before_there_were_more_statistics_read_beside_newer_ones(tmp_path):
+    new = [*EXTRA_STATS, "samples_per_feature", "undersampled"]
+    publish(tmp_path, ("a", "b"), value=0.25)
+    rewrite(tmp_path, lambda table: table.drop_columns(new))
+    (file,) = (tmp_path / "spectra").iterdir()
+    assert pq.read_metadata(file).metadata[VERSION_KEY] == str(SCHEMA_VERSION).encode()
+    stats = {"saturation": 0.5, "rankme": 2.5, "correlation_intrinsic_dimensionality": 2}
+    ParquetWriter(Storage(tmp_path)).write(window([layer_row("a", stats=stats)], step=1, window=1))
+
+    table = read_spectra(tmp_path)
+    assert table.schema.equals(SPECTRA_SCHEMA, check_metadata=True)
+    *old, newer = table.to_pylist()
+    assert [[row[name] for name in ("saturation", *new)] for row in old] == [[0.25] + [None] * len(new)] * 2
+    assert (newer["rankme"], newer["correlation_intrinsic_dimensionality"], newer["undersampled"]) == (2.5, 2, False)
+    assert found(tmp_path, "layer", filters=[("undersampled", "==", False)]) == [("a",)]
+    assert found(tmp_path, "samples_per_feature", "rankme") == [(None, None), (None, None), (100 / 3, 2.5)]
 
 
 def test_files_that_went_through_another_tool_still_read(tmp_path):

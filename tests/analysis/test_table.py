@@ -1,3 +1,4 @@
+import pyarrow as pa
 import pytest
 
 from delve_ray.analysis.table import NOTHING_YET, abbreviate, bar, layer_table, shorten_layer
@@ -9,7 +10,7 @@ from tests.windows import HOSTILE_NAMES
 
 def rows_of(text):
     """The words of each line between heading and notes."""
-    return [line.split() for line in text.splitlines()[2:] if not line.startswith(("dim:", "train:", "eval:"))]
+    return [line.split() for line in text.splitlines()[2:] if not line.startswith(("dim:", "n/d:", "train:", "eval:"))]
 
 
 def two_phases():
@@ -41,13 +42,15 @@ def test_the_last_window_of_each_phase_beside_each_other():
             "fc    Linear       10      100   10 ━━━━━━━━━ 100%        –    –              –",
             "mean                                ━━━━━━━──  75%               ━━───────  25%",
             "dim: dimensions that hold 99 % of the variance; saturation: dim / features",
+            "n/d: samples / features",
+            "eval: undersampled, n/d is below 1: conv 0.70",
         ]
     )
 
 
 def test_one_step_and_one_phase():
     text = layer_table(two_phases(), step=2, phase="train")
-    assert rows_of(text)[0][:5] == ["conv", "Linear", "10", "100", "5"]
+    assert rows_of(text)[0][:6] == ["conv", "Linear", "10", "100", "10.0", "5"]
     assert rows_of(text)[0][-1] == "90%"
     assert "eval" not in text
     assert "step 3" not in layer_table(two_phases(), step=4)
@@ -98,6 +101,44 @@ def test_what_is_missing_is_noted():
         "train: non-finite rows left out: a 3",
         "eval: non-finite rows left out: a 1, b 1, c 1 and 2 more layers",
     ]
+
+
+def test_samples_per_feature_where_there_is_room():
+    counts = [(0, 8), (3, 512), (5, 8), (8, 8), (7999, 8000), (1000, 80), (10**6, 2), (10**13, 2), (None, 8)]
+    table = network([f"l{index}" for index in range(len(counts))], phases=("train",))
+    for name, values in zip(("samples", "features"), zip(*counts, strict=True), strict=True):
+        index = table.schema.get_field_index(name)
+        table = table.set_column(index, table.schema.field(index), pa.array(values, table.schema.field(index).type))
+    text = layer_table(table)
+    assert text.splitlines()[1].split() == ["layer", "type", "features", "samples", "n/d", "dim", "saturation"]
+    ratios = [row[4] for row in rows_of(text)[:-1]]
+    assert ratios == ["0.00", "<0.01", "0.62", "1.00", "0.99", "12.5", "5e+05", "5e+12", "–"]
+    assert max(map(len, text.splitlines())) <= 80
+    assert text.splitlines()[-2:] == [
+        "n/d: samples / features",
+        "train: undersampled, n/d is below 1: l0 0.00, l1 <0.01, l2 0.62 and 1 more layer",
+    ]
+
+
+def test_both_phases_show_samples_per_feature_on_a_wide_terminal():
+    table = spectra_table({"samples": 5}, {"phase": "eval", "samples": 40})
+    wide, narrow = layer_table(table, width=100), layer_table(table)
+    assert rows_of(wide)[0][3:5] == ["5", "0.50"]
+    assert wide.splitlines()[1].split().count("n/d") == 2
+    assert "n/d" not in narrow.splitlines()[1]
+    note = ["n/d: samples / features", "train: undersampled, n/d is below 1: conv1 0.50"]
+    assert wide.splitlines()[-2:] == narrow.splitlines()[-2:] == note
+    sampled = spectra_table({"samples": 10}, {"phase": "eval", "samples": 40})
+    assert "n/d" not in layer_table(sampled)
+    assert "undersampled" not in layer_table(sampled, width=100)
+
+
+def test_files_of_before_have_the_ratio_in_the_table():
+    lacking = ["samples_per_feature", "undersampled"]
+    table = spectra_table({"samples": 5})
+    assert [table[name].to_pylist() for name in lacking] == [[None], [None]]
+    assert layer_table(table.drop_columns(lacking)) == layer_table(table)
+    assert "conv1 0.50" in layer_table(table)
 
 
 def test_several_runs_are_headed_by_their_names():

@@ -364,6 +364,7 @@ def test_ranks_must_agree_on_the_step() -> None:
 BAD_CONFIGS = {
     "savefile=": {"savefile": "/elsewhere"},
     "threshold=0.9": {"threshold": 0.9},
+    "thresholds=": {"thresholds": (0.99, 0.9)},
     "stats=": {"stats": ("trace",)},
     "world_size=3": {"world_size": 3},
     "save_to=": {"save_to": ("tensorboard",)},
@@ -422,6 +423,33 @@ def test_files_agree_with_the_store(savefile: str) -> None:
     row = next(row for row in spectra.to_pylist() if row["step"] == 2 and row["layer"] == "conv")
     assert row["eigenvalues"] == list(store.spectrum("conv", "train"))
     assert row["determinant"] is None, "a statistic that was not asked for is null"
+
+
+def test_thresholds_and_statistics_on_request_reach_metrics_and_files(savefile: str) -> None:
+    stats = ("correlation_saturation", "correlation_intrinsic_dimensionality", "rankme")
+    own = config(
+        world_size=1,
+        savefile=savefile,
+        save_to=("parquet",),
+        stats=stats,
+        threshold=0.9,
+        thresholds=(0.9, 0.5, 1.0),
+    )
+    store = CovarianceStore(own)
+    worker = Worker(store, 0)
+    sent = np.random.default_rng(0).normal(size=(4, 5)) * np.array([100.0, 1, 1, 1, 1])
+    worker.send({(1, 0): sent}, closes=True)
+    store.leave(worker.source, completed=True)
+    assert store.wait_finished(20)
+    metrics = store.progress().metrics
+    (row,) = read_spectra(savefile).to_pylist()
+    assert (row["threshold"], row["thresholds"], row["intrinsic_dimensionalities"]) == (0.9, [0.9, 0.5, 1.0], [1, 1, 3])
+    assert (row["samples_per_feature"], row["undersampled"]) == (0.8, True)
+    shares = np.cumsum(np.linalg.eigvalsh(np.corrcoef(sent.T))[::-1]) / 5
+    assert row["correlation_intrinsic_dimensionality"] == np.argmax(shares >= 0.9) + 1 > 1
+    assert row["correlation_effective_rank"] is None, "not asked for"
+    for name in stats:
+        assert metrics[f"{name}/train/fc"] == metrics[f"{name}/train/mean"] == row[name]
 
 
 def test_a_savefile_that_holds_a_run_is_refused(savefile: str) -> None:

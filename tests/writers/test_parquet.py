@@ -7,7 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from delve_ray.schema import COVARIANCES_SCHEMA, SCALAR_STATS, SCALARS_SCHEMA, SPECTRA_SCHEMA, VERSION_KEY
+from delve_ray.schema import (
+    COVARIANCES_SCHEMA,
+    EXTRA_STATS,
+    SCALAR_STATS,
+    SCALARS_SCHEMA,
+    SPECTRA_SCHEMA,
+    VERSION_KEY,
+)
 from delve_ray.storage import Storage
 from delve_ray.writers.parquet import ParquetWriter, covariances_table
 from tests.windows import COVARIANCE, HOSTILE_NAMES, START, layer_row, scalar, window
@@ -55,6 +62,8 @@ def test_a_row_keeps_every_value(storage, writer):
         "features": 3,
         "samples": 100,
         "nonfinite_rows": 2,
+        "samples_per_feature": 100 / 3,
+        "undersampled": False,
         "workers": 3,
         "world_size": 4,
         "revision": 2,
@@ -86,6 +95,31 @@ def test_rows_keep_their_order_and_their_own_lists(storage, writer):
     assert table["layer"].to_pylist() == ["l9", "l8", "l7", "l6"]
     assert table["eigenvalues"].to_pylist() == [values.tolist() for values in lists]
     assert table["thresholds"].to_pylist() == [[]] * 4
+
+
+def test_statistics_on_request_are_columns_of_their_own(storage, writer):
+    stats = {name: index + 0.5 for index, name in enumerate(EXTRA_STATS)} | {"correlation_intrinsic_dimensionality": 7}
+    writer.write(window([layer_row("a", stats=stats), layer_row("b"), layer_row("c", stats={"rankme": math.nan})]))
+
+    table = only(storage, "spectra")
+    assert [table[name].to_pylist()[:2] for name in EXTRA_STATS] == [[0.5, None], [7, None], [2.5, None], [3.5, None]]
+    assert math.isnan(table["rankme"][2].as_py())
+    assert [table.schema.field(name).type for name in EXTRA_STATS] == [
+        pa.float64(),
+        pa.int32(),
+        pa.float64(),
+        pa.float64(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("samples", "features", "ratio", "undersampled"),
+    [(0, 4, 0.0, True), (3, 4, 0.75, True), (4, 4, 1.0, False), (10, 4, 2.5, False), (5, 0, None, False)],
+)
+def test_samples_per_feature_and_whether_that_is_too_few(storage, writer, samples, features, ratio, undersampled):
+    writer.write(window([layer_row(samples=samples, features=features)]))
+    (row,) = only(storage, "spectra").select(["samples_per_feature", "undersampled"]).to_pylist()
+    assert row == {"samples_per_feature": ratio, "undersampled": undersampled}
 
 
 def test_absent_is_null_while_nan_and_infinity_stay(storage, writer):

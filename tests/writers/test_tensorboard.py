@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from delve_ray.errors import OptionError
-from delve_ray.schema import SCALAR_STATS, window_metrics
+from delve_ray.schema import EXTRA_STATS, SCALAR_STATS, window_metrics
 from delve_ray.storage import Storage
 from delve_ray.writers.tensorboard import MAX_BINS, TensorBoardWriter, spectrum_histogram
 from tests.windows import HOSTILE_NAMES, START, later, layer_row, scalar, window
@@ -34,7 +34,7 @@ def test_every_metric_under_its_key_with_step_and_time(tmp_path, writer):
     windows = [
         window(
             [
-                layer_row("a", stats={name: 0.1 + i for i, name in enumerate(SCALAR_STATS)}),
+                layer_row("a", stats={name: 0.1 + i for i, name in enumerate((*SCALAR_STATS, *EXTRA_STATS))}),
                 layer_row("b", stats={"saturation": 0.3 + step}),
                 layer_row("a", "eval", stats={"saturation": 0.7}),
             ],

@@ -1,0 +1,37 @@
+"""The options of `start_store`, with an actor in name only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import pytest
+
+from delve_ray.errors import OptionError
+from delve_ray.store import actor
+from delve_ray.store.launch import start_store
+
+
+@pytest.mark.parametrize(
+    ("given", "threshold", "thresholds"),
+    [(0.9, 0.9, ()), ([0.9], 0.9, ()), ([0.95, 0.5, 1.0], 0.95, (0.95, 0.5, 1.0))],
+)
+def test_the_first_threshold_is_the_runs_own_and_several_make_the_list(
+    monkeypatch: pytest.MonkeyPatch,
+    savefile: str,
+    given: float | Sequence[float],
+    threshold: float,
+    thresholds: tuple[float, ...],
+) -> None:
+    started = []
+    monkeypatch.setattr(actor, "start", started.append)
+    monkeypatch.setattr(actor, "RemoteStore", lambda handle: SimpleNamespace(settings=lambda: started[0]))
+    start_store(savefile, run="r", world_size=1, save_to="parquet", sat_threshold=given)
+    (config,) = started
+    assert (config.threshold, config.thresholds) == (threshold, thresholds)
+
+
+@pytest.mark.parametrize("bad", [[], [0.9, 0.9], [0.9, 99], "0.9"])
+def test_bad_thresholds_are_refused_before_anything_is_started(savefile: str, bad: Sequence[float]) -> None:
+    with pytest.raises(OptionError, match="sat_threshold="):
+        start_store(savefile, run="r", world_size=1, sat_threshold=bad)
