@@ -83,8 +83,11 @@ class Accumulator:
             self._sums_np: F64 = self._sums.numpy()
             self._counts_np: F64 = self._counts.numpy()
 
-    def add(self, rows: Tensor) -> None:
-        """Add rows of shape (…, D). Raises ValueError for another width and TypeError for a dtype that is no float."""
+    def add(self, rows: Tensor, keep: Tensor | None = None) -> None:
+        """Add rows of shape (…, D); with `keep`, boolean of shape (…), only those where it is True.
+
+        Raises ValueError for another width and TypeError for a dtype that is no float.
+        """
         x = rows.detach()
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise ValueError(
@@ -92,13 +95,22 @@ class Accumulator:
             )
         if not x.is_floating_point():
             raise TypeError(f"rows are {x.dtype}; moments are taken of floating point values")
+        if keep is not None and x.device.type == "cpu" and self.checked:
+            x = x if keep.all() else x[keep]
+            keep = None
         if x.numel() == 0 or self.adding:
             return
         if x.device != self.workspace.device:
-            x = x.to(self.workspace.device)
-        add_group = self._add_checked if self.checked else self._add_deferred
-        for chunk in _chunks(x if x.dim() > 1 else x.unsqueeze(0)):
-            add_group(chunk)
+            x, keep = x.to(self.workspace.device), None if keep is None else keep.to(self.workspace.device)
+        if keep is not None:  # its number of rows is not known here, so they stay, as rows that do not count
+            x = x.reshape(-1, self.features)
+            size = _chunk_rows(self.features)
+            for chunk, chunk_keep in zip(x.split(size), keep.reshape(-1).split(size), strict=True):
+                self._add_deferred(chunk, chunk_keep)
+        else:
+            add_group = self._add_checked if self.checked else self._add_deferred
+            for chunk in _chunks(x if x.dim() > 1 else x.unsqueeze(0)):
+                add_group(chunk)
         if self._ready is not None:
             self._ready.record(torch.cuda.current_stream(self.workspace.device))
 
@@ -169,7 +181,7 @@ class Accumulator:
         torch.add(self._residuals[slot], centre, out=self._means[slot])
         self.adding = False
 
-    def _add_deferred(self, x: Tensor) -> None:
+    def _add_deferred(self, x: Tensor, keep: Tensor | None = None) -> None:
         """A group on a device that must not be waited for: every case is handled by masks and scaling.
 
         Rows are scaled by a power of two before they are squared, so that no float32 product overflows or
@@ -179,8 +191,13 @@ class Accumulator:
         rows = self.workspace.rows(x.shape, dtype).copy_(x).view(-1, self.features)
         largest = _LARGEST if dtype == torch.float64 else _FLOAT32_MAX
         good = (rows.abs() <= largest).all(dim=1, keepdim=True)
-        n = good.sum(dtype=torch.int64)
-        self._dropped += rows.shape[0] - n
+        if keep is None:
+            n = good.sum(dtype=torch.int64)
+            self._dropped += rows.shape[0] - n
+        else:
+            kept, good = keep.sum(dtype=torch.int64), good & keep[:, None]
+            n = good.sum(dtype=torch.int64)
+            self._dropped += kept - n
         rows.masked_fill_(~good, 0.0)
         exponent = torch.frexp(rows.abs().amax())[1].clamp(min=-_LARGEST_SCALING)
         down = torch.ldexp(torch.ones((), dtype=dtype, device=x.device), -exponent)
@@ -261,6 +278,9 @@ class Accumulator:
         buffer[: self.features] = self._means[0].cpu().numpy()
         packed = buffer[self.features :]
         dense = self._sums.cpu()
+        # What centring a constant feature rounds may be taken away once too often: -1e-30 for a variance of 0.
+        variances = dense.numpy()[self._plan.diagonal]
+        dense.numpy()[self._plan.diagonal] = np.maximum(variances, 0.0)
         start = 0
         for block in self._plan.views(dense):
             height, width = block.shape
@@ -282,11 +302,16 @@ class Accumulator:
         return 8 * (plan.size + (2 * features + 1) * (plan.groups + 1))
 
 
+def _chunk_rows(features: int) -> int:
+    """Most rows of a chunk."""
+    fewest, most = _CHUNK_ROWS
+    return min(most, max(fewest, _CHUNK_ELEMENTS // features))
+
+
 def _chunks(x: Tensor) -> Iterator[Tensor]:
     """Pieces of x, shape (…, D), cut along its leading dimensions into a bounded number of rows each."""
     features = x.shape[-1]
-    fewest, most = _CHUNK_ROWS
-    limit = min(most, max(fewest, _CHUNK_ELEMENTS // features))
+    limit = _chunk_rows(features)
     rows = x.numel() // features
     if rows <= limit:
         yield x

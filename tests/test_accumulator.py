@@ -301,6 +301,60 @@ def test_constant_features_beside_others(constant: float, checked: bool) -> None
 
 
 @both_paths
+@pytest.mark.parametrize("seed", range(20))
+def test_a_constant_feature_never_has_a_negative_variance(seed: int, checked: bool) -> None:
+    # A pruned unit gives its bias: the variance is 0, and what is rounded about it must not fall below.
+    rows = random_rows(600, 20, seed=seed)
+    rows[:, :3] = torch.tensor([3.3333, -77.7, 0.1])
+    result, _ = accumulate(rows.split([100, 150, 210, 140]), 20, checked=checked)
+    assert (np.diag(result.scatter) >= 0).all()
+    assert_exact(result, rows)
+
+
+# --- rows that do not count ----------------------------------------------------------------------------
+
+
+@both_paths
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_only_the_rows_to_keep_count(data: st.DataObject, checked: bool) -> None:
+    shape = (*data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=3)), data.draw(st.sampled_from([1, 5, 30])))
+    seed = data.draw(st.integers(0, 99))
+    offset = data.draw(st.sampled_from([0.0, 1e5]))
+    rows = random_rows(int(np.prod(shape[:-1])), shape[-1], seed=seed, offset=offset).view(shape)
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(shape[:-1], generator=generator) < data.draw(st.sampled_from([0.0, 0.1, 0.9, 1.0]))
+    total = accumulator(shape[-1], checked=checked)
+    rows[~keep] = data.draw(st.sampled_from([0.0, float("nan"), float("inf"), 1e30]))
+    before = rows.clone()
+    if rows.dim() == 3 and data.draw(st.booleans()):
+        total.add(rows.transpose(0, 1), keep.transpose(0, 1))
+    else:
+        total.add(rows, keep)
+    assert torch.equal(rows.nan_to_num(), before.nan_to_num())
+    result, left_out = drained(total)
+    assert left_out == 0
+    if keep.any():
+        assert_exact(result, rows[keep])
+    else:
+        assert result.n == 0
+        assert not result.scatter.any()
+
+
+@both_paths
+def test_kept_rows_that_are_not_finite_are_counted(checked: bool) -> None:
+    rows = random_rows(3000, 4)
+    rows[::10] = float("nan")
+    keep = torch.arange(3000) % 3 == 0
+    total = accumulator(4, checked=checked)
+    total.add(rows, keep)
+    result, left_out = drained(total)
+    finite = rows.isfinite().all(1)
+    assert left_out == int((keep & ~finite).sum()) == 100
+    assert_exact(result, rows[keep & finite])
+
+
+@both_paths
 @pytest.mark.parametrize("features", [1, 20, 97])
 def test_a_single_row(features: int, checked: bool) -> None:
     row = random_rows(1, features, offset=1e5)
