@@ -1,256 +1,377 @@
 """Adapters: what a row of a layer's output is, one small class per layer kind.
 
-Letters in names: B batch, C channels, H×W positions, T steps of a sequence, D features.
+Letters in names: B batch, C channels, T steps of a sequence, D features; positions are the pixels of a feature
+map, whatever the number of its dimensions.
 
-An adapter returns a view whose last dimension holds the features; all other dimensions together count the
-observations. It copies nothing: layout and precision are the accumulator's business.
+An adapter returns a tensor whose last dimension holds the features; all other dimensions together count the
+observations. Where it can, that is a view: layout and precision are the accumulator's business.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from delve_ray.errors import OptionError
 
 CONV_METHODS = ("channelwise", "mean", "max", "median", "flatten")
 TIMESERIES_METHODS = ("timestepwise", "last_timestep")
+INTERPOLATIONS = ("nearest", "nearest-exact", "area", "linear", "bilinear", "trilinear", "bicubic")
 
-_WRAPPERS = frozenset({"DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "AveragedModel"})
-"""Classes that, like their subclasses, keep what they wrap under the name `module`."""
-_WRAPPER_PARTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Names under which torch.compile, FSDP and activation checkpointing keep what they wrap."""
+_LINEAR_BY_DIMENSIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True, slots=True)
 class RowOptions:
-    """How outputs with positions or steps become rows."""
+    """How outputs with positions or steps become rows; see `SaturationTracker` for each."""
 
     conv_method: str = "channelwise"
     timeseries_method: str = "timestepwise"
+    interpolation_strategy: str | None = None
+    interpolation_downsampling: int = 32
 
 
 class LayerAdapter(Protocol):
-    """What the recorder must know about a kind of layer."""
+    """What the recorder must know about a kind of layer.
 
-    def features(self, module: nn.Module) -> int:
-        """Number of features D of a row."""
+    Attributes:
+        sequence: whether rows of three dimensions are the steps of sequences, so that `last_timestep` applies.
+        batch_first: whether the rows' first dimension is known to be the batch.
+    """
+
+    sequence: bool
+    batch_first: bool
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
+        """Number of features D of a row; None where only a forward tells."""
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
-        """The rows of a forward's output: a view of shape (…, D)."""
+        """The rows of a forward's output, shape (…, D)."""
 
 
-class LinearAdapter:
-    """Linear: (…, D), any leading dimensions; each is an observation, so every token of a sequence counts."""
+class TokenAdapter:
+    """(…, D): Linear, Bilinear, Embedding and others; each leading index is an observation, every token counts."""
 
-    def features(self, module: nn.Module) -> int:
-        """`out_features`."""
-        return int(module.out_features)  # type: ignore[arg-type]
+    sequence = True
+    batch_first = False
+
+    def __init__(self, width: str) -> None:
+        self.width = width
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
+        """The attribute called `width`."""
+        width = getattr(module, self.width)
+        return int(width[-1] if isinstance(width, Sequence) else width)
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
         """The output itself; of a nested one the values, which have no padding."""
-        tensor: Tensor = output
-        return tensor.values().view(-1, self.features(module)) if tensor.is_nested else tensor
+        return _tokens(output, options)
 
 
-class Conv2dAdapter:
-    """Conv2d: B×C×H×W or unbatched C×H×W; channelwise, each position is an observation of C features."""
+class FeatureMapAdapter:
+    """B×C×positions or unbatched C×positions: convolutions, and normalisations of feature maps.
 
-    def features(self, module: nn.Module) -> int:
-        """`out_channels`."""
-        return int(module.out_channels)  # type: ignore[arg-type]
-
-    def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
-        """(B, H, W, C) as a view."""
-        tensor: Tensor = output
-        return tensor.movedim(-3, -1)
-
-
-class LSTMAdapter:
-    """LSTM: the output sequence, T×B×D, or B×T×D with batch_first, or T×D unbatched, or packed.
-
-    `timestepwise`, each step of each sequence is an observation, so the layout does not matter; a packed
-    sequence has no padding. `last_timestep`, the last (valid) step of each sequence is the observation.
-    D is hidden_size, or proj_size where set, twice that when bidirectional.
+    `channelwise`, each position is an observation of C features; `mean`, `max` and `median` (the lower of the two
+    middle ones) are taken over the positions of each channel; `flatten` makes one row of all channels and positions.
     """
 
-    def features(self, module: nn.Module) -> int:
+    sequence = False
+    batch_first = True
+
+    def __init__(self, width: str, dimensions: int | None) -> None:
+        self.width = width
+        self.dimensions = dimensions
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
+        """The channels; of a flattened map only a forward tells, as of a lazy normalisation."""
+        return None if options.conv_method == "flatten" else int(getattr(module, self.width)) or None
+
+    def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
+        """(B, positions…, C), or (B, D) with the other methods; an unbatched map has B = 1."""
+        x: Tensor = output
+        if self.dimensions is not None and x.dim() == self.dimensions + 1:
+            x = x.unsqueeze(0)
+        return feature_map_rows(x, options)
+
+
+class RecurrentAdapter:
+    """LSTM, GRU, RNN: the output sequence, T×B×D, or B×T×D with batch_first, or T×D unbatched, or packed.
+
+    `timestepwise`, each step of each sequence is an observation; a packed sequence has no padding.
+    `last_timestep`, the last (valid) step of each sequence is. D is hidden_size, or proj_size where set, twice
+    that when bidirectional.
+    """
+
+    sequence = True
+    batch_first = True
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """Width of the output sequence."""
-        lstm: Any = module
-        width = lstm.proj_size or lstm.hidden_size
-        return int(width) * (2 if lstm.bidirectional else 1)
+        layer: Any = module
+        return int(getattr(layer, "proj_size", 0) or layer.hidden_size) * (2 if layer.bidirectional else 1)
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
-        """All steps (…, D), or the last step of each sequence (B, D)."""
+        """(B, T, D); of a packed sequence the steps (N, D), or the last ones (B, D)."""
         sequence: Tensor | PackedSequence = output[0]
-        last = options.timeseries_method == "last_timestep"
-        if isinstance(sequence, PackedSequence):
-            if not last:
-                return sequence.data
-            padded, lengths = pad_packed_sequence(sequence, batch_first=True)
-            return padded[torch.arange(len(lengths)), lengths - 1]
-        if not last:
-            return sequence
-        batch_first: bool = module.batch_first  # type: ignore[assignment]
-        return sequence[:, -1] if batch_first and sequence.dim() == 3 else sequence[-1]
+        if not isinstance(sequence, PackedSequence):
+            return _batch_first(sequence, module)
+        if options.timeseries_method == "timestepwise":
+            return sequence.data
+        padded, lengths = pad_packed_sequence(sequence, batch_first=True)
+        return padded[torch.arange(len(lengths)), lengths - 1]
 
 
-ADAPTERS: dict[type[nn.Module], LayerAdapter] = {
-    nn.Linear: LinearAdapter(),
-    nn.Conv2d: Conv2dAdapter(),
-    nn.LSTM: LSTMAdapter(),
-}
-"""Adapter by layer class; a subclass uses its nearest base class's."""
+class CellAdapter:
+    """LSTMCell, GRUCell, RNNCell: the hidden state, B×D or D; each call is one step of each sequence."""
+
+    sequence = False
+    batch_first = True
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
+        """`hidden_size`."""
+        return int(cast(Any, module).hidden_size)
+
+    def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
+        """The hidden state (B, D)."""
+        return first_tensor(output)
 
 
-def adapter_for(module: nn.Module) -> LayerAdapter | None:
-    """The adapter of a module's class or nearest base class, None for a module of no known kind."""
-    for cls in type(module).__mro__:
-        if cls in ADAPTERS:
-            return ADAPTERS[cls]
-    return None
+class AttentionAdapter:
+    """MultiheadAttention: its output, T×B×D, or B×T×D with batch_first, or T×D unbatched. D is embed_dim.
 
-
-@dataclass(frozen=True, slots=True)
-class TrackedLayer:
-    """A module that is recorded: its public name, kind and width."""
-
-    name: str
-    module: nn.Module
-    adapter: LayerAdapter
-    features: int
-
-    @property
-    def layer_type(self) -> str:
-        """Class name of the module, as shown in the files."""
-        return type(self.module).__name__
-
-
-Modules = nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]
-
-
-def _roots(modules: Modules) -> list[tuple[str, nn.Module]]:
-    """The modules given, each with the first part of its layers' names. Raises OptionError for anything else."""
-    given: Any = modules
-    if isinstance(given, nn.Module):
-        return [("", given)]
-    if isinstance(given, Mapping):
-        roots = [(str(key), module) for key, module in given.items()]
-    elif isinstance(given, Sequence) and not isinstance(given, str):
-        roots = [(str(index), module) for index, module in enumerate(given)]
-    else:
-        kind = type(given).__name__
-        raise OptionError(f"modules={given!r} is a {kind}; give a torch.nn.Module, a list or a dict of them")
-    for prefix, root in roots:
-        if not isinstance(root, nn.Module):
-            raise OptionError(f"modules has an entry {prefix!r} that is a {type(root).__name__}, not a torch.nn.Module")
-    return roots
-
-
-def named_layers(modules: Modules) -> dict[str, nn.Module]:
-    """Every module that has an adapter, by the name it has in `model.named_modules()`.
-
-    Prefixes that wrappers add (DDP, FSDP, torch.compile, checkpointing) are removed, so that a name is the
-    same with and without them. `modules` may also be a sequence or a mapping of modules; then the index or
-    the key is the first part of the name. A module reached by two paths is one layer, under the first.
+    Its projection `out_proj` is used as a weight and never called, so the output of the whole is the layer's.
     """
-    found: dict[str, nn.Module] = {}
-    seen: set[int] = set()
-    for prefix, root in _roots(modules):
-        parents = dict(root.named_modules())
-        for path, module in parents.items():
-            if id(module) in seen or adapter_for(module) is None:
-                continue
-            if isinstance(parents.get(path.rpartition(".")[0]), nn.MultiheadAttention):
-                continue  # its projection is used as a weight and never called
-            seen.add(id(module))
-            name = ".".join(part for part in (prefix, _public_path(path, parents)) if part)
-            name = name or type(module).__name__
-            if name in found:
-                raise OptionError(f"modules has two layers called {name!r}; give the models names that differ")
-            found[name] = module
+
+    sequence = True
+    batch_first = True
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
+        """`embed_dim`."""
+        return int(cast(Any, module).embed_dim)
+
+    def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
+        """(B, T, D); of a nested tensor the values (N, D)."""
+        tensor: Tensor = output[0]
+        return _tokens(tensor, options) if tensor.is_nested else _batch_first(tensor, module)
+
+
+class OutputAdapter:
+    """Any other module: the first floating-point tensor in its output, a tensor, tuple, list or mapping.
+
+    With `dimensions` a tensor of that many dimensions beside batch and channels is a feature map B×C×positions;
+    every other one has its features last. `rows` and `features` say otherwise, see `register_adapter`.
+    """
+
+    sequence = True
+    batch_first = False
+
+    def __init__(
+        self,
+        rows: Callable[[nn.Module, Any], Tensor] | None = None,
+        features: int | str | Callable[[nn.Module], int] | None = None,
+        dimensions: int = 0,
+    ) -> None:
+        self._rows = rows
+        self._features = features
+        self.dimensions = dimensions
+
+    def features(self, module: nn.Module, options: RowOptions) -> int | None:
+        """What was said, or None: the first forward tells."""
+        given = self._features
+        if given is None or isinstance(given, int):
+            return given
+        return int(getattr(module, given)) if isinstance(given, str) else int(given(module))
+
+    def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
+        """The rows (…, D)."""
+        if self._rows is not None:
+            return self._rows(module, output)
+        tensor = first_tensor(output)
+        if self.dimensions and tensor.dim() == self.dimensions + 2:
+            return feature_map_rows(tensor, options)
+        return _tokens(tensor, options)
+
+
+def feature_map_rows(x: Tensor, options: RowOptions) -> Tensor:
+    """Rows of a feature map B×C×positions under `conv_method`, after interpolation where it is asked for."""
+    if options.interpolation_strategy is not None and max(x.shape[2:], default=0) > options.interpolation_downsampling:
+        x = _interpolate(x, options.interpolation_strategy, options.interpolation_downsampling)
+    method = options.conv_method
+    if method == "channelwise" or x.dim() == 2:
+        return x.movedim(1, -1)
+    x_BCP = x.flatten(2)
+    if method == "mean":
+        # In float64: at a mean far above the spread, a float32 mean is wrong by more than the spread allows.
+        return x_BCP.mean(-1, dtype=torch.float64)
+    if method == "max":
+        return x_BCP.amax(-1)
+    return x_BCP.median(-1).values if method == "median" else x.flatten(1)
+
+
+def _interpolate(x: Tensor, strategy: str, size: int) -> Tensor:
+    """`x` resized to `size` along every dimension of its positions, by torch's interpolate."""
+    dimensions = x.dim() - 2
+    mode = _LINEAR_BY_DIMENSIONS[dimensions] if strategy.endswith("linear") else strategy
+    if mode == "bicubic" and dimensions != 2:
+        raise Unrecordable(
+            f"interpolation_strategy='bicubic' resizes maps of 2 dimensions, its output has {dimensions}; use 'area' "
+            f"or 'linear'"
+        )
+    # Interpolation in half precision is not there on every device.
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return F.interpolate(wide, size=(size,) * dimensions, mode=mode)
+
+
+class Unrecordable(Exception):
+    """A layer's outputs cannot be recorded, now or later; the message says why and what to do."""
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The first floating-point tensor in an output. Raises Unrecordable where there is none."""
+    found = _search(output)
+    if found is None:
+        raise Unrecordable(
+            f"its output, a {type(output).__name__}, holds no floating-point tensor; leave it out, or say with "
+            f"delve_ray.register_adapter what its rows are"
+        )
     return found
 
 
-def _public_path(path: str, modules: Mapping[str, nn.Module]) -> str:
-    """A dotted path without the parts that wrappers add."""
-    parts = path.split(".") if path else []
-    kept = []
-    for index, part in enumerate(parts):
-        parent = modules.get(".".join(parts[:index]))
-        wrapped = part == "module" and any(cls.__name__ in _WRAPPERS for cls in type(parent).__mro__)
-        if not wrapped and part not in _WRAPPER_PARTS:
-            kept.append(part)
-    return ".".join(kept)
+def _search(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() or output.is_quantized else None
+    if isinstance(output, PackedSequence):
+        return output.data
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, tuple | list):
+        for item in output:
+            found = _search(item)
+            if found is not None:
+                return found
+    return None
 
 
-def check_uncompiled(modules: Modules | None) -> Modules:
-    """Refuse what torch.compile may have run already: hooks that are added after that never fire.
+def has_padding(output: Any) -> bool:
+    """Whether a mask can concern this output: packed sequences and nested tensors hold no padding."""
+    first = output[0] if isinstance(output, tuple) and not isinstance(output, PackedSequence) and output else output
+    return not (isinstance(first, PackedSequence) or (isinstance(first, Tensor) and first.is_nested))
 
-    Raises OptionError when there are no modules, NotImplementedError for a compiled one.
+
+def _tokens(tensor: Tensor, options: RowOptions) -> Tensor:
+    """The tensor itself; of a nested one, whose sequences have no padding, all steps (N, D) or the last ones (B, D)."""
+    if not tensor.is_nested:
+        return tensor
+    if options.timeseries_method == "last_timestep":
+        return torch.stack([steps[-1] for steps in tensor.unbind() if len(steps)])
+    return tensor.values().view(-1, tensor.size(-1))
+
+
+def _batch_first(sequence: Tensor, module: nn.Module) -> Tensor:
+    """(B, T, D) as a view, B = 1 for an unbatched sequence."""
+    if sequence.dim() == 2:
+        return sequence.unsqueeze(0)
+    return sequence if cast(Any, module).batch_first else sequence.transpose(0, 1)
+
+
+_CONVOLUTIONS: dict[type[nn.Module] | str, LayerAdapter] = {
+    kind: FeatureMapAdapter("out_channels", dimensions)
+    for dimensions, kinds in enumerate(
+        [(nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d)], start=1
+    )
+    for kind in kinds
+}
+ADAPTERS: dict[type[nn.Module] | str, LayerAdapter] = {
+    nn.Linear: TokenAdapter("out_features"),
+    nn.Bilinear: TokenAdapter("out_features"),
+    **_CONVOLUTIONS,
+    nn.RNNBase: RecurrentAdapter(),
+    nn.RNNCellBase: CellAdapter(),
+    nn.MultiheadAttention: AttentionAdapter(),
+    nn.Embedding: TokenAdapter("embedding_dim"),
+    nn.EmbeddingBag: TokenAdapter("embedding_dim"),
+    "transformers.pytorch_utils.Conv1D": TokenAdapter("nf"),
+    "torch.ao.nn.quantized.modules.linear.Linear": TokenAdapter("out_features"),
+    **{
+        f"torch.ao.nn.quantized.modules.conv.{kind.__name__}": adapter
+        for kind, adapter in _CONVOLUTIONS.items()
+        if isinstance(kind, type)
+    },
+    "torch.ao.nn.quantized.modules.embedding_ops.Embedding": TokenAdapter("embedding_dim"),
+    "torch.ao.nn.quantized.dynamic.modules.rnn.RNNBase": RecurrentAdapter(),
+    "torch.ao.nn.quantized.dynamic.modules.rnn.RNNCellBase": CellAdapter(),
+}
+"""Adapter by layer class, or by its full name where importing it would cost too much; recorded by default."""
+NORMALISATIONS: dict[type[nn.Module], LayerAdapter] = {
+    nn.LayerNorm: TokenAdapter("normalized_shape"),
+    **({nn.RMSNorm: TokenAdapter("normalized_shape")} if hasattr(nn, "RMSNorm") else {}),
+    nn.GroupNorm: FeatureMapAdapter("num_channels", None),
+    nn.InstanceNorm1d: FeatureMapAdapter("num_features", 1),
+    nn.InstanceNorm2d: FeatureMapAdapter("num_features", 2),
+    nn.InstanceNorm3d: FeatureMapAdapter("num_features", 3),
+    _NormBase: FeatureMapAdapter("num_features", None),
+}
+"""Adapters of layers that are recorded on request: their outputs repeat what comes before them, rescaled."""
+
+
+def adapter_for(module: nn.Module, *, on_request: bool = False) -> LayerAdapter | None:
+    """The adapter of a module's class or nearest base class, None for a module of no known kind.
+
+    The normalisations have one only with `on_request`.
     """
-    if modules is None:
-        raise OptionError("modules=None: give the model to track")
-    for _, root in _roots(modules):
-        for path, module in root.named_modules():
-            if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
-                raise NotImplementedError(
-                    f"modules contains the compiled module {path or type(root).__name__!r}: its hooks may never run; "
-                    f"make the tracker first, then torch.compile the model"
-                )
-    return modules
+    for cls in type(module).__mro__:
+        found = ADAPTERS.get(cls) or ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")
+        if found is None and on_request:
+            found = NORMALISATIONS.get(cls)
+        if found is not None:
+            return found
+    return None
 
 
-def select_layers(
-    modules: Modules,
+def is_convolution(module: nn.Module) -> bool:
+    """Whether the module is one of those that `include_conv` is about."""
+    return isinstance(module, _ConvNd) or type(module).__module__.endswith("quantized.modules.conv")
+
+
+def register_adapter(
+    kind: type[nn.Module],
+    rows: Callable[[nn.Module, Any], Tensor] | None = None,
     *,
-    layer_filter: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
-    ignore_layer_names: Sequence[str] = (),
-    include_conv: bool = True,
-) -> list[TrackedLayer]:
-    """The layers to record, in network order, after the user's choices; see `SaturationTracker`.
+    features: int | str | Callable[[nn.Module], int] | None = None,
+) -> None:
+    """Record layers of a class of your own, and of its subclasses, from the next tracker on.
 
-    Raises OptionError when nothing is left, when a name to ignore does not exist, or when `layer_filter`
-    returns something that is no part of what it was given.
+    In distributed training every worker registers it, for example in the module that defines the class.
+
+    Args:
+        kind: The class, a subclass of torch.nn.Module.
+        rows: Function (module, output) → floating-point tensor (…, D): features last, every other index an
+            observation. By default the first tensor of the output. Under torch.compile it is traced like the
+            model's own code.
+        features: D, the name of the module's attribute that holds it, or a function of the module; by default
+            the first forward tells.
+
+    Raises:
+        OptionError: `kind` is no class of modules, or `rows` is no function.
+
+    Example:
+        >>> class Gate(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x.sigmoid(), x.norm()
+        >>> register_adapter(Gate, lambda module, output: output[0])
+        >>> adapter_for(Gate()).rows(Gate(), Gate()(torch.zeros(5, 3)), RowOptions()).shape
+        torch.Size([5, 3])
     """
-    known = named_layers(modules)
-    if not known:
-        kinds = ", ".join(cls.__name__ for cls in ADAPTERS)
-        raise OptionError(f"modules has no layer that can be tracked; kinds with an adapter: {kinds}")
-    chosen = dict(known)
-    if layer_filter is not None:
-        rule = "it is a function that returns the dict {name: module} that it is given, with entries removed"
-        if not callable(layer_filter):
-            raise OptionError(f"layer_filter={layer_filter!r} is not a function; {rule}")
-        chosen = layer_filter(dict(known))
-        if not isinstance(chosen, dict):
-            raise OptionError(f"layer_filter returned a {type(chosen).__name__}; {rule}")
-        if foreign := [name for name, module in chosen.items() if known.get(name) is not module]:
-            raise OptionError(
-                f"layer_filter returned {foreign} that it was not given; {rule}. Given: {', '.join(known)}"
-            )
-    ignored = [ignore_layer_names] if isinstance(ignore_layer_names, str) else ignore_layer_names
-    if not isinstance(ignored, Sequence | Set) or not all(isinstance(name, str) for name in ignored):
-        raise OptionError(
-            f"ignore_layer_names={ignore_layer_names!r} is not a list of layer names; the model's: {', '.join(known)}"
-        )
-    if unknown := sorted(set(ignored) - set(known)):
-        raise OptionError(f"ignore_layer_names has {unknown}, which the model does not; its layers: {', '.join(known)}")
-    layers = []
-    for name, module in known.items():
-        adapter = adapter_for(module)
-        if name not in chosen or name in ignored or adapter is None:
-            continue
-        if isinstance(module, nn.Conv2d) and not include_conv:
-            continue
-        layers.append(TrackedLayer(name, module, adapter, adapter.features(module)))
-    if not layers:
-        raise OptionError(
-            f"layer_filter, ignore_layer_names and include_conv leave no layer to track out of: {', '.join(known)}"
-        )
-    return layers
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise OptionError(f"kind={kind!r} is no class of torch.nn.Module; give the class of the layer, not a layer")
+    if rows is not None and not callable(rows):
+        raise OptionError(f"rows={rows!r} is no function; it takes (module, output) and returns a tensor (…, features)")
+    ADAPTERS[kind] = OutputAdapter(rows, features)

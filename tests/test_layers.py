@@ -1,32 +1,39 @@
-"""delve_ray.layers: which rows a layer's output has, which name a layer has, and which layers are chosen."""
+"""delve_ray.layers: which rows a layer's output has."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
-from torch.optim.swa_utils import AveragedModel
 
-from delve_ray.errors import OptionError
-from delve_ray.layers import RowOptions, adapter_for, check_uncompiled, named_layers, select_layers
-from tests.helpers import LastStep, assert_refused, cnn, mlp
+from delve_ray.layers import (
+    ADAPTERS,
+    OutputAdapter,
+    RowOptions,
+    Unrecordable,
+    adapter_for,
+    first_tensor,
+    register_adapter,
+)
+from delve_ray.rows import last_steps
+from tests.helpers import assert_refused
 
 TIMESTEPWISE, LAST = RowOptions(), RowOptions(timeseries_method="last_timestep")
 
 
 def rows_of(module: nn.Module, output: Any, options: RowOptions = TIMESTEPWISE) -> Tensor:
     """The rows of an output, flattened to (n, D) after a check of what an adapter promises."""
-    adapter = adapter_for(module)
+    adapter = adapter_for(module, on_request=True)
     assert adapter is not None
     rows = adapter.rows(module, output, options)
-    assert rows.shape[-1] == adapter.features(module)
+    assert adapter.features(module, options) in (None, rows.shape[-1])
+    if adapter.sequence and rows.dim() == 3 and options.timeseries_method == "last_timestep":
+        rows, _ = last_steps(rows, None)
     return rows.reshape(-1, rows.shape[-1])
 
 
@@ -107,8 +114,7 @@ def test_the_steps_of_equally_long_sequences(kind: str, batch_first: bool) -> No
     apart = outputs_one_by_one(layer, inputs)
     every, last = rows_of(layer, output), rows_of(layer, output, LAST)
     assert every.shape == (18, WIDTHS[kind])
-    expected = torch.cat(apart) if batch_first else torch.stack(apart, dim=1).reshape(18, -1)
-    torch.testing.assert_close(every, expected)
+    torch.testing.assert_close(every, torch.cat(apart))
     torch.testing.assert_close(last, torch.stack([steps[-1] for steps in apart]))
 
 
@@ -171,240 +177,319 @@ def test_a_subclass_has_its_base_classs_adapter(layer: nn.Module) -> None:
     assert adapter_for(layer) is adapter_for(nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize(
-    "layer", [nn.ReLU(), nn.Sequential(), nn.Embedding(3, 4), nn.BatchNorm2d(3), nn.Conv1d(1, 1, 1)]
-)
+NORMS = [nn.BatchNorm1d(3), nn.BatchNorm2d(3), nn.LayerNorm(3), nn.GroupNorm(1, 3), nn.InstanceNorm2d(3), nn.RMSNorm(3)]
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.Sequential(), nn.MaxPool2d(3), *NORMS])
 def test_other_layers_have_none(layer: nn.Module) -> None:
     assert adapter_for(layer) is None
 
 
-def test_a_tracked_layer_says_what_it_is() -> None:
-    (conv, lstm_layer, linear) = select_layers(
-        nn.ModuleDict({"a": nn.Conv2d(3, 6, 1), "b": nn.LSTM(2, 4, bidirectional=True), "c": NamedLinear(2, 9)})
-    )
-    assert (conv.name, conv.layer_type, conv.features) == ("a", "Conv2d", 6)
-    assert (lstm_layer.name, lstm_layer.layer_type, lstm_layer.features) == ("b", "LSTM", 8)
-    assert (linear.name, linear.layer_type, linear.features) == ("c", "NamedLinear", 9)
+@pytest.mark.parametrize("layer", NORMS)
+def test_normalisations_have_one_on_request(layer: nn.Module) -> None:
+    adapter = adapter_for(layer, on_request=True)
+    assert adapter is not None
+    assert adapter.features(layer, TIMESTEPWISE) == 3
 
 
-# --- names ---------------------------------------------------------------------------------------------
+# --- convolutions and other feature maps -----------------------------------------------------------------
 
-
-class Net(nn.Module):
-    """A model with nesting, a container and a layer that has no adapter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 4, 1)
-        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(2)])
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Not called."""
-        return x
-
-
-NAMES = ["stem", "blocks.0.0", "blocks.1.0", "head"]
-
-
-def test_names_are_those_of_named_modules() -> None:
-    model = Net()
-    found = named_layers(model)
-    assert list(found) == NAMES
-    everything = dict(model.named_modules())
-    assert all(everything[name] is module for name, module in found.items())
-
-
-def compiled_parts(model: Net) -> nn.Module:
-    model.head = torch.compile(model.head, backend="eager")  # type: ignore[assignment]
-    model.blocks[1] = torch.compile(model.blocks[1], backend="eager")  # type: ignore[assignment]
-    return model
-
-
-def checkpointed_parts(model: Net) -> nn.Module:
-    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
-    model.stem = checkpoint_wrapper(model.stem)  # type: ignore[assignment]
-    return model
-
-
-class OwnDataParallel(nn.DataParallel[nn.Module]):
-    """As users write to reach the model's own attributes."""
-
-
-WRAPPERS: dict[str, Callable[[Net], nn.Module]] = {
-    "DataParallel": nn.DataParallel,
-    "a subclass": OwnDataParallel,
-    "AveragedModel": AveragedModel,
-    "torch.compile": lambda model: torch.compile(model, backend="eager"),  # type: ignore[return-value]
-    "compiled parts": compiled_parts,
-    "checkpointed parts": checkpointed_parts,
-    "several": lambda model: torch.compile(nn.DataParallel(compiled_parts(checkpointed_parts(model)))),  # type: ignore
-    "compiled inside": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),  # type: ignore[arg-type]
+CONVOLUTIONS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "1d": (nn.Conv1d(3, 5, 3, padding=1), (3, 11)),
+    "2d": (nn.Conv2d(3, 5, 3, groups=1), (3, 9, 8)),
+    "3d": (nn.Conv3d(3, 5, 2), (3, 5, 6, 4)),
+    "transposed 1d": (nn.ConvTranspose1d(3, 5, 3), (3, 7)),
+    "transposed 2d": (nn.ConvTranspose2d(3, 5, 2, stride=2), (3, 4, 5)),
+    "transposed 3d": (nn.ConvTranspose3d(3, 5, 2), (3, 2, 3, 4)),
+    "lazy": (nn.LazyConv2d(5, 3), (3, 6, 7)),
+}
+convolutions = pytest.mark.parametrize("kind", CONVOLUTIONS)
+REDUCTIONS: dict[str, Any] = {
+    "mean": lambda positions: positions.astype(np.float64).mean(0),
+    "max": lambda positions: positions.max(0),
+    "median": lambda positions: np.sort(positions, axis=0)[(len(positions) - 1) // 2],
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_wrappers_do_not_show_in_the_names(wrapper: str) -> None:
-    model = Net()
-    inside = list(named_layers(model).values())
-    found = named_layers(WRAPPERS[wrapper](model))
-    assert list(found) == NAMES
-    if wrapper == "AveragedModel":  # wraps a copy
-        inside = [module for module in inside if module not in found.values()]
-        assert len(inside) == len(NAMES)
-    else:
-        assert all(module is original for module, original in zip(found.values(), inside, strict=True))
+def positions_of(sample: Tensor) -> Any:
+    """A sample's feature vectors, one by one: shape (positions, C)."""
+    array = sample.detach().numpy()
+    return np.stack([array[:, *index] for index in np.ndindex(*array.shape[1:])])
+
+
+@convolutions
+@pytest.mark.parametrize("batched", [True, False])
+def test_each_position_of_any_convolution_is_a_row(kind: str, batched: bool) -> None:
+    layer, shape = CONVOLUTIONS[kind]
+    output = layer(torch.randn(4, *shape) if batched else torch.randn(*shape))
+    samples = output if batched else output[None]
+    expected = np.concatenate([positions_of(sample) for sample in samples])
+    np.testing.assert_array_equal(rows_of(layer, output).detach(), expected)
+
+
+@convolutions
+@pytest.mark.parametrize("method", REDUCTIONS)
+@pytest.mark.parametrize("batched", [True, False])
+def test_one_row_per_sample_over_all_positions(kind: str, method: str, batched: bool) -> None:
+    layer, shape = CONVOLUTIONS[kind]
+    output = layer(torch.randn(4, *shape) if batched else torch.randn(*shape))
+    expected = np.stack([REDUCTIONS[method](positions_of(sample)) for sample in (output if batched else output[None])])
+    rows = rows_of(layer, output, RowOptions(conv_method=method))
+    np.testing.assert_allclose(rows.detach(), expected, rtol=0, atol=1e-12)
+
+
+@convolutions
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_flattened_map_is_one_row_of_channels_then_positions(kind: str, batched: bool) -> None:
+    layer, shape = CONVOLUTIONS[kind]
+    output = layer(torch.randn(4, *shape) if batched else torch.randn(*shape))
+    rows = rows_of(layer, output, RowOptions(conv_method="flatten"))
+    assert torch.equal(rows, output.reshape(4 if batched else 1, -1))
+
+
+@pytest.mark.parametrize("method", ["mean", "max", "median", "flatten"])
+def test_methods_do_not_depend_on_the_memory_format(method: str) -> None:
+    layer, options = nn.Conv2d(3, 6, 3), RowOptions(conv_method=method)
+    output = layer(torch.randn(4, 3, 9, 8))
+    turned = output.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(rows_of(layer, turned, options), rows_of(layer, output, options))
+
+
+def test_the_mean_over_positions_keeps_what_float32_would_lose() -> None:
+    layer = nn.Conv2d(1, 2, 1)
+    generator = torch.Generator().manual_seed(0)
+    output = (torch.randn(64, 2, 32, 32, generator=generator, dtype=torch.float64) + 1e5).float()
+    rows = rows_of(layer, output, RowOptions(conv_method="mean"))
+    expected = output.double().mean((2, 3))
+    spread = expected.std()
+    assert (rows - expected).abs().max() < 1e-9 * spread
+    assert (output.mean((2, 3)) - expected).abs().max() > 1e-3 * spread  # what the test is about
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["mean", "max", "median"])
+def test_methods_in_half_precision_are_those_of_the_values(method: str, dtype: torch.dtype) -> None:
+    layer = nn.Conv2d(1, 4, 1)
+    output = torch.randn(3, 4, 5, 6).to(dtype)
+    options = RowOptions(conv_method=method)
+    assert torch.equal(rows_of(layer, output, options).double(), rows_of(layer, output.double(), options))
+
+
+# --- interpolation ---------------------------------------------------------------------------------------
+
+
+def test_area_interpolation_takes_means_of_patches() -> None:
+    layer = nn.Conv2d(1, 3, 1)
+    output = torch.randn(2, 3, 8, 12)
+    rows = rows_of(layer, output, RowOptions(interpolation_strategy="area", interpolation_downsampling=4))
+    patches = output.reshape(2, 3, 4, 2, 4, 3).mean((3, 5))
+    torch.testing.assert_close(rows, patches.permute(0, 2, 3, 1).reshape(-1, 3))
+
+
+@pytest.mark.parametrize("strategy", ["nearest", "nearest-exact", "area", "linear", "bilinear", "trilinear"])
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_every_strategy_resizes_every_kind_of_map(kind: str, strategy: str) -> None:
+    layer, shape = CONVOLUTIONS[kind]
+    output = layer(torch.randn(2, *shape))
+    dimensions = output.dim() - 2
+    for method, expected in (("channelwise", 2 * 2**dimensions), ("max", 2)):
+        options = RowOptions(method, interpolation_strategy=strategy, interpolation_downsampling=2)
+        assert rows_of(layer, output, options).shape == (expected, 5)
+    rows = rows_of(layer, torch.full_like(output, 7.0), RowOptions(interpolation_strategy=strategy))
+    assert (rows == 7).all()
+
+
+def test_small_maps_stay_as_they_are() -> None:
+    layer = nn.Conv2d(1, 3, 1)
+    output = torch.randn(2, 3, 8, 12)
+    for size, resized in ((12, False), (13, False), (11, True), (8, True)):
+        options = RowOptions(interpolation_strategy="nearest", interpolation_downsampling=size)
+        assert len(rows_of(layer, output, options)) == 2 * (size * size if resized else 96)
+
+
+def test_a_strategy_for_two_dimensions_is_refused_for_others() -> None:
+    options = RowOptions(interpolation_strategy="bicubic", interpolation_downsampling=2)
+    assert rows_of(nn.Conv2d(1, 3, 1), torch.randn(2, 3, 8, 8), options).shape == (8, 3)
+    with pytest.raises(Unrecordable, match=r"'bicubic' resizes maps of 2 dimensions, its output has 1; use 'area'"):
+        rows_of(nn.Conv1d(1, 3, 1), torch.randn(2, 3, 8), options)
+
+
+# --- other kinds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_gives_its_own_output_batch_first(batch_first: bool) -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+    x_BTD = torch.randn(3, 5, 8)
+    x = x_BTD if batch_first else x_BTD.transpose(0, 1)
+    output = layer(x, x, x)
+    apart = torch.cat([layer(sequence, sequence, sequence)[0] for sequence in x_BTD])
+    torch.testing.assert_close(rows_of(layer, output), apart)
+    torch.testing.assert_close(rows_of(layer, output, LAST), apart.view(3, 5, 8)[:, -1])
+    torch.testing.assert_close(rows_of(layer, layer(x_BTD[0], x_BTD[0], x_BTD[0])), apart[:5])
+
+
+def test_other_layers_whose_features_come_last() -> None:
+    bilinear = nn.Bilinear(3, 4, 5)
+    output = bilinear(torch.randn(6, 2, 3), torch.randn(6, 2, 4))
+    assert torch.equal(rows_of(bilinear, output), output.view(12, 5))
+    embedding = nn.Embedding(9, 5)
+    tokens = torch.randint(0, 9, (4, 7))
+    assert torch.equal(rows_of(embedding, embedding(tokens)), embedding.weight[tokens].view(28, 5))
+    assert torch.equal(rows_of(embedding, embedding(tokens), LAST), embedding.weight[tokens[:, -1]])
+    bag = nn.EmbeddingBag(9, 5)
+    assert rows_of(bag, bag(tokens)).shape == (4, 5)
+
+
+@pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_a_cell_gives_its_hidden_state(kind: Any) -> None:
+    layer = kind(4, 5)
+    output = layer(torch.randn(6, 4))
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert torch.equal(rows_of(layer, output), hidden)
+    assert torch.equal(rows_of(layer, output, LAST), hidden)
+    assert rows_of(layer, layer(torch.randn(4))).shape == (1, 5)
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.RNN])
+@batch_firsts
+def test_other_recurrent_layers(kind: Any, batch_first: bool) -> None:
+    layer = kind(4, 5, num_layers=2, bidirectional=True, batch_first=batch_first)
+    inputs = sequences(6, 6, 6)
+    output = layer(torch.stack(inputs, dim=0 if batch_first else 1))
+    apart = outputs_one_by_one(layer, inputs)
+    torch.testing.assert_close(rows_of(layer, output), torch.cat(apart))
+    torch.testing.assert_close(rows_of(layer, output, LAST), torch.stack([steps[-1] for steps in apart]))
+    packed = layer(pack_sequence(inputs[:1] + sequences(2), enforce_sorted=False))
+    assert rows_of(layer, packed).shape == (8, 10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [
+        (nn.LayerNorm(5), (3, 4, 5), 12),
+        (nn.LayerNorm((4, 5)), (3, 4, 5), 12),
+        (nn.RMSNorm(5), (3, 5), 3),
+        (nn.BatchNorm1d(5), (3, 5), 3),
+        (nn.BatchNorm1d(5), (3, 5, 4), 12),
+        (nn.BatchNorm2d(5), (3, 5, 2, 4), 24),
+        (nn.BatchNorm3d(5), (3, 5, 2, 4, 2), 48),
+        (nn.GroupNorm(5, 5), (3, 5, 7), 21),
+        (nn.InstanceNorm2d(5), (3, 5, 2, 4), 24),
+        (nn.InstanceNorm2d(5), (5, 2, 4), 8),
+    ],
+)
+def test_normalisations(layer: nn.Module, shape: tuple[int, ...], rows: int) -> None:
+    output = layer(torch.randn(shape))
+    found = rows_of(layer, output)
+    assert found.shape == (rows, 5)
+    channel = shape.index(5)
+    assert torch.equal(found, output.movedim(channel, -1).reshape(-1, 5))
+
+
+def test_normalisations_of_maps_follow_the_method() -> None:
+    layer = nn.BatchNorm2d(5)
+    output = layer(torch.randn(3, 5, 2, 4))
+    torch.testing.assert_close(rows_of(layer, output, RowOptions("max")), output.amax((2, 3)))
+
+
+# --- quantized layers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamically_quantized_layers() -> None:
+    model = nn.ModuleDict({"fc": nn.Linear(4, 6), "lstm": nn.LSTM(4, 5, bidirectional=True), "cell": nn.GRUCell(4, 3)})
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear, nn.LSTM, nn.GRUCell}, dtype=torch.qint8)
+    x = torch.randn(7, 4)
+    for name, width in (("fc", 6), ("lstm", 10), ("cell", 3)):
+        layer = quantized[name]
+        assert type(layer) is not type(model[name])
+        assert rows_of(layer, layer(x if name != "lstm" else x[:, None])).shape == (7, width)
+
+
+# --- any other module ------------------------------------------------------------------------------------------
+
+
+class Output(NamedTuple):
+    """What some libraries return."""
+
+    length: Tensor
+    hidden: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: (x, None),
+        lambda x: [torch.arange(3), x],
+        lambda x: {"ids": torch.arange(3), "hidden": (x, x + 1)},
+        lambda x: Output(torch.arange(3), x),
+        lambda x: PackedSequence(x, torch.tensor([3])),
+    ],
+)
+def test_the_first_floating_point_tensor_of_an_output(wrap: Any) -> None:
+    x = torch.randn(3, 4)
+    assert first_tensor(wrap(x)) is x
+
+
+@pytest.mark.parametrize("output", [None, 3, "x", (), {}, torch.arange(3), (torch.arange(3), None), object()])
+def test_an_output_without_any_is_named(output: object) -> None:
+    with pytest.raises(Unrecordable, match=rf"a {type(output).__name__}, holds no floating-point .*register_adapter"):
+        first_tensor(output)
+
+
+def test_the_place_of_a_module_says_where_its_features_are() -> None:
+    x_BCHW = torch.randn(2, 3, 4, 5)
+    assert torch.equal(OutputAdapter().rows(nn.ReLU(), x_BCHW, TIMESTEPWISE), x_BCHW)
+    maps = OutputAdapter(dimensions=2)
+    assert torch.equal(maps.rows(nn.ReLU(), x_BCHW, TIMESTEPWISE), x_BCHW.movedim(1, -1))
+    assert torch.equal(maps.rows(nn.ReLU(), x_BCHW, RowOptions("max")), x_BCHW.amax((2, 3)))
+    assert torch.equal(maps.rows(nn.ReLU(), x_BCHW[0], TIMESTEPWISE), x_BCHW[0])
+
+
+class Gate(nn.Module):
+    """A layer of a user's own, with two outputs, of which the second is the one that matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 4
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm, and the gate."""
+        return x.norm(), x.sigmoid()
+
+
+class FurtherGate(Gate):
+    """A subclass."""
 
 
 @pytest.fixture
-def process_group() -> Iterator[None]:
-    """A group of one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def registration() -> Iterator[None]:
+    before = dict(ADAPTERS)
     yield
-    dist.destroy_process_group()
+    ADAPTERS.clear()
+    ADAPTERS.update(before)
 
 
-@pytest.mark.usefixtures("process_group")
-def test_distributed_data_parallel_does_not_show_in_the_names() -> None:
-    assert list(named_layers(nn.parallel.DistributedDataParallel(Net()))) == NAMES
+@pytest.mark.usefixtures("registration")
+@pytest.mark.parametrize("features", [None, 4, "width", lambda module: module.width])
+def test_a_class_is_registered_in_one_line(features: Any) -> None:
+    assert adapter_for(Gate()) is None
+    register_adapter(Gate, lambda module, output: output[1], features=features)
+    x = torch.randn(2, 3, 4)
+    for layer in (Gate(), FurtherGate()):
+        adapter = adapter_for(layer)
+        assert adapter is not None
+        assert adapter.features(layer, TIMESTEPWISE) == (None if features is None else 4)
+        assert torch.equal(rows_of(layer, layer(x)), x.sigmoid().view(6, 4))
+    register_adapter(FurtherGate)  # the nearest base class counts
+    assert rows_of(FurtherGate(), (x, x.sigmoid())) is not None
+    assert torch.equal(rows_of(FurtherGate(), (x, x.sigmoid())), x.view(6, 4))
 
 
-def test_a_user_s_own_module_of_that_name_does_show() -> None:
-    model = nn.Module()
-    model.module = nn.Sequential(nn.Linear(2, 2))
-    assert list(named_layers(model)) == ["module.0"]
-    assert list(named_layers(nn.DataParallel(model))) == ["module.0"]
-
-
-def test_a_bare_layer_is_named_by_its_class() -> None:
-    assert list(named_layers(nn.Linear(2, 2))) == ["Linear"]
-    assert list(named_layers(NamedLinear(2, 2))) == ["NamedLinear"]
-    assert list(named_layers(torch.compile(nn.Linear(2, 2), backend="eager"))) == ["Linear"]
-
-
-def test_sequences_and_mappings_put_the_index_or_the_key_first() -> None:
-    generator, discriminator = mlp(), nn.Linear(3, 1)
-    expected = ["0", "3", "5"]
-    assert list(named_layers([generator, discriminator])) == [*(f"0.{name}" for name in expected), "1"]
-    assert list(named_layers((discriminator, generator))) == ["0", *(f"1.{name}" for name in expected)]
-    found = named_layers(OrderedDict(g=nn.DataParallel(generator), d=discriminator))
-    assert list(found) == [*(f"g.{name}" for name in expected), "d"]
-    assert found["d"] is discriminator
-
-
-def test_a_shared_module_is_one_layer_under_its_first_name() -> None:
-    shared = nn.Linear(3, 3)
-    model = nn.Sequential(nn.Linear(3, 3), shared, nn.ReLU(), nn.Sequential(shared, nn.Linear(3, 3)), shared)
-    assert list(named_layers(model)) == ["0", "1", "3.1"]
-    assert list(named_layers([model, model, shared])) == ["0.0", "0.1", "0.3.1"]
-    assert list(named_layers({"a": shared, "b": model})) == ["a", "b.0", "b.3.1"]
-
-
-# --- choosing ------------------------------------------------------------------------------------------
-
-
-def chosen(modules: Any, **options: Any) -> list[str]:
-    return [layer.name for layer in select_layers(modules, **options)]
-
-
-def test_without_options_every_layer_is_chosen_in_network_order() -> None:
-    assert chosen(Net()) == NAMES
-    assert chosen(cnn()) == ["0", "3", "7"]
-    assert chosen(LastStep()) == ["lstm", "head"]
-
-
-def test_layers_can_be_left_out() -> None:
-    assert chosen(Net(), include_conv=False) == NAMES[1:]
-    assert chosen(Net(), ignore_layer_names=["head", "blocks.0.0"]) == ["stem", "blocks.1.0"]
-    assert chosen(Net(), ignore_layer_names="head") == NAMES[:-1]
-    assert chosen(Net(), ignore_layer_names={"head"}) == NAMES[:-1]
-    assert chosen(Net(), ignore_layer_names=()) == NAMES
-
-
-def test_a_filter_gets_every_layer_and_its_order_does_not_matter() -> None:
-    model = Net()
-    seen: dict[str, nn.Module] = {}
-
-    def reversed_without_head(layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
-        seen.update(layers)
-        del layers["head"]  # ours are not changed by it
-        return dict(reversed(layers.items()))
-
-    assert chosen(model, layer_filter=reversed_without_head) == NAMES[:-1]
-    assert seen == named_layers(model)
-    everything = chosen(model, layer_filter=reversed_without_head, ignore_layer_names=["stem"], include_conv=False)
-    assert everything == ["blocks.0.0", "blocks.1.0"]
-
-
-@pytest.mark.parametrize(
-    ("modules", "words"),
-    [
-        (None, ["modules=None", "NoneType", "torch.nn.Module"]),
-        (3, ["modules=3", "int", "torch.nn.Module, a list or a dict"]),
-        (iter([nn.Linear(1, 1)]), ["modules=", "iterator", "a list or a dict"]),
-        ([nn.Linear(1, 1), "head"], ["modules", "'1'", "str", "torch.nn.Module"]),
-        ({"a": nn.Linear(1, 1), "b": None}, ["modules", "'b'", "NoneType"]),
-        (nn.ReLU(), ["modules", "no layer", "Linear", "Conv2d", "LSTM"]),
-        ([], ["modules", "no layer", "Linear", "Conv2d", "LSTM"]),
-        ({}, ["modules", "no layer"]),
-    ],
-)
-def test_what_is_no_model_is_refused_in_words(modules: Any, words: list[str]) -> None:
-    assert_refused(lambda: select_layers(modules), *words)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"ignore_layer_names": ["hed", "stem"]}, ["ignore_layer_names", "['hed']", *NAMES]),
-        ({"ignore_layer_names": "blocks"}, ["ignore_layer_names", "['blocks']", *NAMES]),
-        ({"ignore_layer_names": 5}, ["ignore_layer_names=5", *NAMES]),
-        ({"ignore_layer_names": [3]}, ["ignore_layer_names=[3]", *NAMES]),
-        ({"ignore_layer_names": None}, ["ignore_layer_names=None", *NAMES]),
-        ({"ignore_layer_names": NAMES}, ["ignore_layer_names", "no layer", *NAMES]),
-        ({"layer_filter": lambda layers: {}}, ["layer_filter", "no layer", *NAMES]),
-        ({"layer_filter": "conv"}, ["layer_filter='conv'", "function", "{name: module}"]),
-        ({"layer_filter": lambda layers: None}, ["layer_filter", "NoneType", "{name: module}"]),
-        ({"layer_filter": list}, ["layer_filter", "list", "{name: module}"]),
-        ({"layer_filter": lambda layers: {"tail": layers["head"]}}, ["layer_filter", "['tail']", *NAMES]),
-        ({"layer_filter": lambda layers: {"head": nn.Linear(1, 1)}}, ["layer_filter", "['head']", *NAMES]),
-    ],
-)
-def test_a_choice_that_cannot_be_made_is_refused_in_words(options: dict[str, Any], words: list[str]) -> None:
-    assert_refused(lambda: select_layers(Net(), **options), *words)
-
-
-def test_only_convolutions_and_none_wanted() -> None:
-    with pytest.raises(OptionError, match=r"include_conv leave no layer to track out of: 0"):
-        select_layers(nn.Sequential(nn.Conv2d(1, 1, 1)), include_conv=False)
-
-
-# --- models that were compiled already -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("compiled", "where"),
-    [
-        (lambda model: torch.compile(model, backend="eager"), "OptimizedModule"),
-        (lambda model: [nn.Linear(1, 1), torch.compile(model, backend="eager")], "OptimizedModule"),
-        (lambda model: {"a": nn.Sequential(nn.DataParallel(compiled_parts(model)))}, "blocks.1"),
-        (lambda model: compiled_in_place(model, "blocks.0"), "blocks.0"),
-    ],
-)
-def test_a_compiled_module_is_refused_with_its_place_and_the_remedy(compiled: Callable[[Net], Any], where: str) -> None:
-    modules = compiled(Net())
-    assert_refused(
-        lambda: check_uncompiled(modules), where, "tracker first, then torch.compile", error=NotImplementedError
-    )
-
-
-def compiled_in_place(model: Net, path: str) -> nn.Module:
-    model.get_submodule(path).compile(backend="eager")
-    return model
-
-
-def test_other_models_are_passed_on() -> None:
-    for modules in (Net(), [Net(), nn.Linear(1, 1)], {"a": nn.DataParallel(Net())}):
-        assert check_uncompiled(modules) is modules
-    assert_refused(lambda: check_uncompiled(None), "modules=None", "model")
-    assert_refused(lambda: check_uncompiled(3), "modules=3", "int", "torch.nn.Module")  # type: ignore[arg-type]
+@pytest.mark.parametrize("kind", [nn.Linear(2, 2), int, "Linear", None])
+def test_only_classes_of_modules_are_registered(kind: Any) -> None:
+    assert_refused(lambda: register_adapter(kind), "kind=", "torch.nn.Module")
+    assert_refused(lambda: register_adapter(Gate, "output"), "rows='output'", "function")  # type: ignore[arg-type]
+    assert adapter_for(Gate()) is None
