@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from delve_ray.errors import StoreError
-from delve_ray.layers import TrackedLayer
 from delve_ray.moments import F64
 from delve_ray.recorder import Harvest, Recorder
 from delve_ray.schema import PHASES
@@ -71,6 +70,7 @@ class Shipper:
         self._fetched = 0
         self._lost_steps: set[int] = set()
         self._lost_scalars = 0
+        self._warned: set[tuple[int, int]] = set()
         # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
         self._state = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="delve_ray-sender", daemon=True)
@@ -195,16 +195,20 @@ class Shipper:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
         layers = self.recorder.layers
         keys = sorted(item.harvest)
-        buffer = np.empty(sum(moments_size(layers[index].features) for index, _ in keys))
+        buffer = np.empty(sum(moments_size(item.harvest[key].features) for key in keys))
         entries = []
+        widths: dict[int, int] = {}
         start = 0
         for index, phase in keys:
-            size = moments_size(layers[index].features)
+            features = item.harvest[index, phase].features
+            size = moments_size(features)
             n, nonfinite = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
             if n or nonfinite:
                 start += size
                 entries.append((index, phase, n, nonfinite))
-        _warn_nonfinite(layers, entries, item.step)
+                if layers[index].features is None:
+                    widths[index] = features
+        self._warn_nonfinite(entries, item)
         delta = Delta(
             self.source,
             self.attempt,
@@ -214,8 +218,25 @@ class Shipper:
             item.closes,
             item.labelled,
             tuple(entries),
+            tuple(widths.items()),
         )
         return delta, buffer[:start]
+
+    def _warn_nonfinite(self, entries: Sequence[tuple[int, int, int, int]], item: _Pending) -> None:
+        """Say which layers have non-finite rows, once per layer, phase and window however often it is flushed."""
+        for index, phase, n, nonfinite in entries:
+            if nonfinite and (index, phase) not in self._warned:
+                self._warned.add((index, phase))
+                log.warning(
+                    "layer %s, %s, step %d: %d of %d rows are not finite and were left out",
+                    self.recorder.layers[index].name,
+                    PHASES[phase],
+                    item.step,
+                    nonfinite,
+                    nonfinite + n,
+                )
+        if item.closes:
+            self._warned.clear()
 
     def _persist(self, call: Callable[[], object]) -> None:
         """Repeat a call until the store answers; a refusal is final, silence is not."""
@@ -247,16 +268,3 @@ class Shipper:
                 self._lose("its store has ended the run, having heard of no worker for too long")
         except Exception as error:  # the next delta will show whether the store is there
             log.debug("heartbeat: %s", error)
-
-
-def _warn_nonfinite(layers: Sequence[TrackedLayer], entries: Sequence[tuple[int, int, int, int]], step: int) -> None:
-    for index, phase, n, nonfinite in entries:
-        if nonfinite:
-            log.warning(
-                "layer %s, %s, step %d: %d of %d rows are not finite and were left out",
-                layers[index].name,
-                PHASES[phase],
-                step,
-                nonfinite,
-                nonfinite + n,
-            )

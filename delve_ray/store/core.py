@@ -25,7 +25,7 @@ from delve_ray.storage import Storage
 from delve_ray.store.description import describe_run, layer_difference
 from delve_ray.store.protocol import SAME_FOR_ALL, Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.publisher import Latest, Publisher
-from delve_ray.store.window import Job, Window, check_delta
+from delve_ray.store.window import Job, Window, check_delta, check_widths
 from delve_ray.writers import make_writers
 from delve_ray.writers.base import Scalar, Writer
 
@@ -73,6 +73,7 @@ class CovarianceStore:
         self._token: str | None = None
         self._members: dict[int, _Member] = {}
         self._windows: dict[int, Window] = {}
+        self._widths: dict[int, int] = {}  # of layers whose first forward tells
         self._refused = 0
         self._ending = False
         self._next_live = time.monotonic() + config.publish_every
@@ -146,7 +147,7 @@ class CovarianceStore:
             self._running().submit([window.job(self._attempt, final=True) for window in open_windows])
         self._attempt += 1
         self._token = token
-        self._members, self._windows = {}, {}
+        self._members, self._windows, self._widths = {}, {}, {}
 
     def heartbeat(self, source: Source) -> Ack:
         """Say that the source is alive."""
@@ -204,11 +205,13 @@ class CovarianceStore:
                 raise DeltaRefused(
                     f"delta {delta.seq} of rank {delta.source.rank} came before delta {member.next_seq}; send in order"
                 )
-            check_delta(delta, buffer, self._layers)
+            widths = check_delta(delta, buffer, self._layers)
             with self._lock:
                 self._check_taking(delta)
+                check_widths(delta, self._layers, self._widths)
                 window = self._window(delta, member)
-                entries = [window.entry(i, phase, self._layers[i].features) for i, phase, _, _ in delta.entries]
+                self._widths |= dict(delta.widths)
+                entries = [window.entry(e[0], e[1], d) for e, d in zip(delta.entries, widths, strict=True)]
             start = 0
             for entry, (_, _, n, nonfinite) in zip(entries, delta.entries, strict=True):
                 size = entry.total.features + entry.total.packed.shape[0]
@@ -316,14 +319,14 @@ class CovarianceStore:
 
         Raises KeyError for a layer, phase or combination of which nothing has been published.
         """
-        latest, features = self._find(layer, phase)
-        return unpack_triangle(latest.packed / max(latest.n, 1), features)
+        latest = self._find(layer, phase)
+        return unpack_triangle(latest.packed / max(latest.n, 1), latest.mean.size)
 
     def spectrum(self, layer: str, phase: str) -> F64:
         """The eigenvalues of `covariance`, float64, descending."""
         return spectrum.eigenvalues(self.covariance(layer, phase))
 
-    def _find(self, layer: str, phase: str) -> tuple[Latest, int]:
+    def _find(self, layer: str, phase: str) -> Latest:
         publisher = self._running()
         names = [info.name for info in self._layers]
         if layer not in names:
@@ -333,7 +336,7 @@ class CovarianceStore:
         latest = publisher.latest(names.index(layer), PHASES.index(phase))
         if latest is None:
             raise KeyError(f"nothing of layer {layer!r} in phase {phase!r} has been published yet")
-        return latest, self._layers[names.index(layer)].features
+        return latest
 
     @property
     def finished(self) -> bool:

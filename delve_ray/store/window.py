@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -84,22 +85,46 @@ class Window:
         return job
 
 
-def check_delta(delta: Delta, buffer: F64, layers: list[LayerInfo]) -> None:
+def _refusal(delta: Delta, what: str) -> DeltaRefused:
+    source = delta.source
+    return DeltaRefused(
+        f"delta {delta.seq} of rank {source.rank} (run {source.run!r}, attempt {delta.attempt}, pid {source.pid} "
+        f"on {source.host}) is refused: {what}"
+    )
+
+
+def check_widths(delta: Delta, layers: list[LayerInfo], told: Mapping[int, int]) -> None:
+    """Turn away widths that contradict the registration, or `told`: what earlier deltas of the attempt said.
+
+    Raises DeltaRefused.
+    """
+    for layer, features in delta.widths:
+        if not 0 <= layer < len(layers):
+            raise _refusal(delta, f"layer index {layer}, but the run has {len(layers)} layers")
+        known = layers[layer].features or told.get(layer, features)
+        if features < 1 or features != known:
+            raise _refusal(
+                delta,
+                f"layer {layers[layer].name} has {features} features here and {known} elsewhere; a layer has "
+                f"one width in all workers and batches (with conv_method='flatten', images of one size)",
+            )
+
+
+def check_delta(delta: Delta, buffer: F64, layers: list[LayerInfo]) -> list[int]:
     """Turn away whatever cannot be moments of this run's layers, with an error that names it.
 
     Checks the entries (layer, phase, counts, repetitions), the buffer (dtype, shape, finite) and what makes
-    a scatter one (no negative diagonal; nothing at all without observations). Raises DeltaRefused.
+    a scatter one (no negative diagonal; nothing at all without observations). Returns the width of each entry.
+    Raises DeltaRefused.
     """
 
     def refuse(what: str) -> DeltaRefused:
-        source = delta.source
-        return DeltaRefused(
-            f"delta {delta.seq} of rank {source.rank} (run {source.run!r}, attempt {delta.attempt}, pid {source.pid} "
-            f"on {source.host}) is refused: {what}"
-        )
+        return _refusal(delta, what)
 
+    check_widths(delta, layers, {})
+    widths = dict(delta.widths)
     seen: set[tuple[int, int]] = set()
-    expected = 0
+    sizes = []
     for layer, phase, n, nonfinite in delta.entries:
         if not 0 <= layer < len(layers):
             raise refuse(f"layer index {layer}, but the run has {len(layers)} layers")
@@ -110,20 +135,24 @@ def check_delta(delta: Delta, buffer: F64, layers: list[LayerInfo]) -> None:
         if (layer, phase) in seen:
             raise refuse(f"layer {layers[layer].name} stands twice in phase {PHASES[phase]}")
         seen.add((layer, phase))
-        expected += moments_size(layers[layer].features)
+        width = layers[layer].features or widths.get(layer)
+        if width is None:
+            raise refuse(f"it does not say how many features layer {layers[layer].name} has")
+        sizes.append(width)
+    expected = sum(map(moments_size, sizes))
     if buffer.dtype != np.float64 or buffer.shape != (expected,):
         raise refuse(
             f"its buffer is {buffer.dtype} of shape {buffer.shape}, its entries need float64 of shape ({expected},)"
         )
     start = 0
-    for layer, phase, n, _ in delta.entries:
-        info = layers[layer]
-        moments = buffer[start : start + moments_size(info.features)]
+    for (layer, phase, n, _), features in zip(delta.entries, sizes, strict=True):
+        moments = buffer[start : start + moments_size(features)]
         start += moments.shape[0]
-        where = f"layer {info.name}, phase {PHASES[phase]}"
+        where = f"layer {layers[layer].name}, phase {PHASES[phase]}"
         if not np.isfinite(moments).all():
             raise refuse(f"{where} has non-finite moments")
         if n == 0 and moments.any():
             raise refuse(f"{where} has moments without observations")
-        if (packed_diagonal(moments[info.features :], info.features) < 0).any():
+        if (packed_diagonal(moments[features:], features) < 0).any():
             raise refuse(f"{where} has a scatter with a negative diagonal")
+    return sizes
