@@ -19,11 +19,13 @@ if TYPE_CHECKING:
         RegistrationError,
         StoreError,
     )
+    from delve_ray.layers import register_adapter
     from delve_ray.store.launch import get_store, start_store
     from delve_ray.tracker import SaturationTracker
 
 _HOMES = {
     "SaturationTracker": "tracker",
+    "register_adapter": "layers",
     "start_store": "store.launch",
     "get_store": "store.launch",
     "read_spectra": "analysis.reading",
@@ -46,6 +48,7 @@ __all__ = [
     "read_covariances",
     "read_scalars",
     "read_spectra",
+    "register_adapter",
     "start_store",
 ]
 

@@ -119,3 +119,18 @@ def given_store(store: Any) -> Store:
     from delve_ray.store import actor
 
     return actor.RemoteStore(store)
+
+
+def publication(
+    identity: Identity, settings: StoreConfig | None, *, precision: torch.dtype, publish_every: float
+) -> StoreConfig:
+    """How the run is published, before the user's own choices: like the given store, else by default."""
+    config = settings or StoreConfig(run=identity.run, savefile=identity.savefile, world_size=identity.world_size)
+    return replace(
+        config,
+        run=identity.run,
+        savefile=identity.savefile,
+        world_size=identity.world_size,
+        publish_every=publish_every,
+        product_eps=float(torch.finfo(precision).eps),
+    )

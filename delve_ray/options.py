@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
+from delve_ray.checks import check_integer
 from delve_ray.errors import OptionError
-from delve_ray.layers import CONV_METHODS, TIMESERIES_METHODS
+from delve_ray.layers import CONV_METHODS, INTERPOLATIONS, TIMESERIES_METHODS, RowOptions
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
 """Precision of the products, by the name of the option."""
@@ -28,14 +30,41 @@ def check_choice(option: str, value: object, built: Sequence[str], known: Sequen
     raise OptionError(f"{option}={value!r} is none of {', '.join(map(repr, dict.fromkeys([*built, *known])))}")
 
 
-def check_conv_method(value: object) -> str:
-    """How positions of a feature map become rows."""
-    return check_choice("conv_method", value, ("channelwise",), CONV_METHODS)
+def check_rows(
+    conv_method: object, timeseries_method: object, interpolation_strategy: object, interpolation_downsampling: object
+) -> RowOptions:
+    """How positions of a feature map and steps of a sequence become rows."""
+    strategy = interpolation_strategy
+    return RowOptions(
+        check_choice("conv_method", conv_method, CONV_METHODS),
+        check_choice("timeseries_method", timeseries_method, TIMESERIES_METHODS),
+        None if strategy is None else check_choice("interpolation_strategy", strategy, INTERPOLATIONS),
+        check_integer("interpolation_downsampling", interpolation_downsampling, at_least=1),
+    )
 
 
-def check_timeseries_method(value: object) -> str:
-    """How steps of a sequence become rows."""
-    return check_choice("timeseries_method", value, TIMESERIES_METHODS)
+def check_max_samples(value: object) -> int | None:
+    """Most rows of a layer, phase and window; None for all."""
+    return None if value is None else check_integer("max_samples", value, at_least=1)
+
+
+def check_fraction(option: str, value: object) -> float:
+    """A share in (0, 1]."""
+    rule = f"{option}={value!r} is not a share in (0, 1], such as 0.1"
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise OptionError(rule)
+    if not 0 < value <= 1:
+        raise OptionError(f"{rule}; for {value} percent write {value / 100:g}" if 1 < value <= 100 else rule)
+    return float(value)
+
+
+def check_mask_function(value: object) -> None:
+    """A function of the model's inputs, or None."""
+    if value is not None and not callable(value):
+        raise OptionError(
+            f"mask is a {type(value).__name__}, not a function; it gets what the model's forward gets and "
+            f"returns the batch's mask. For a mask that you have, use `with tracker.mask(mask):` around the forward"
+        )
 
 
 def check_precision(value: object) -> torch.dtype:
@@ -64,15 +93,11 @@ def check_unbuilt(options: Mapping[str, Any]) -> None:
     """Refuse by name what is understood and not built; nothing passes silently."""
     unbuilt: dict[str, tuple[object, str]] = {
         "writer_args": (None, "writers take no arguments"),
-        "max_samples": (None, "use log_interval to record fewer batches"),
         "layerwise_sat": (True, "rows are always per layer, with the mean beside them"),
         "average_sat": (True, "the mean over layers is always published"),
         "reset_covariance": (True, "every window starts anew"),
-        "interpolation_strategy": (None, "every position counts"),
-        "interpolation_downsampling": (32, "every position counts"),
         "verbose": (False, "read tracker.metrics(), or the files"),
-        "max_overhead": (None, "use log_interval to record fewer batches"),
-        "layers": (None, "use layer_filter or ignore_layer_names"),
+        "max_overhead": (None, "use log_interval or sample_fraction to record less"),
         "resume": (None, "choose another savefile for the next run"),
         "name": (None, "give a second tracker its own run="),
     }

@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils.hooks import RemovableHandle
 
 from delve_ray.accumulator import Accumulator
-from delve_ray.errors import OptionError
-from delve_ray.layers import RowOptions, TrackedLayer
-from delve_ray.moments import triangle_size
-from delve_ray.workspace import Workspace, block_plan
+from delve_ray.compiled import define_operator, exporting
+from delve_ray.layers import RowOptions, Unrecordable
+from delve_ray.masks import UNKNOWN, Masks
+from delve_ray.memory import known_widths, too_wide, worker_bytes
+from delve_ray.rows import Reader, Sampler, first_rows, last_steps
+from delve_ray.selection import TrackedLayer
+from delve_ray.workspace import Workspace
 
 log = logging.getLogger(__name__)
 
@@ -45,26 +48,63 @@ _TOKENS = itertools.count()
 
 
 class _Hook:
-    """The hook of one layer. It holds two integers, so that what a module references can always be copied.
+    """The hook of one layer. It holds nothing of the tracker, so that what a module references can always be copied.
 
     A copied model (deepcopy, EMA, torch.save of a whole model) is not recorded: a copy of a hook is a
     callable of the standard library that accepts anything and returns None, which also lets a pickled model
     load where delve_ray is not installed.
     """
 
-    __slots__ = ("layer", "token")
+    __slots__ = ("key", "layer", "operator", "reader", "token")
 
-    def __init__(self, token: int, layer: int) -> None:
+    def __init__(self, token: int, layer: int, reader: Reader, operator: bool) -> None:
         self.token = token
         self.layer = layer
+        self.reader = reader
+        self.operator = operator
+        with torch.inference_mode(False):
+            self.key = torch.tensor([token, layer], device="cpu")
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.operator and torch.compiler.is_compiling():
+            self._trace(module, output)
+            return
         recorder = _RECORDERS.get(self.token)
         if recorder is not None and recorder.recording:
             recorder.record(self.layer, module, output)
 
+    def _trace(self, module: nn.Module, output: Any) -> None:
+        """Put the operator into the graph; torch.compile runs this, with tensors that have no values."""
+        if exporting():
+            return
+        found, failed = None, False
+        try:
+            found = self.reader.read(module, output)
+        except Exception:
+            failed = True
+        if found is not None:
+            torch.ops.delve_ray.record(found[0], self.key, module.training, found[1])
+        elif failed:
+            _record_outside(self.key, module, output)
+
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _record_outside(key: Tensor, module: nn.Module, output: Any) -> None:
+    """Record an output that torch.compile could not read, after a graph break, where there are words for why."""
+    token, layer = key.tolist()
+    recorder = _RECORDERS.get(token)
+    if recorder is not None and recorder.recording:
+        recorder.record(layer, module, output)
+
+
+def _record_compiled(rows: Tensor, key: Tensor, training: bool, padded: bool) -> None:
+    """What the operator in compiled code does when the code runs."""
+    token, layer = key.tolist()
+    recorder = _RECORDERS.get(token)
+    if recorder is not None and recorder.recording:
+        recorder.record_rows(layer, TRAIN if training else EVAL, rows, padded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +115,11 @@ class RecorderOptions:
     log_interval: int = 1
     precision: torch.dtype = torch.float32
     device: torch.device | None = None
+    max_samples: int | None = None
+    sample_fraction: float = 1.0
+    seed: int = 0
+    max_features: int = 8192
+    max_memory: int = 8 << 30
 
 
 class Recorder:
@@ -88,12 +133,19 @@ class Recorder:
         self.layers = list(layers)
         self.options = options
         self.recording = False
+        self.masks = Masks()
         # torch.compile must not trace into the reduction. Shielding it imports torch._dynamo, a second that
         # every optimizer pays as well; here, and not at import, so that reading files stays light.
         self.record = torch.compiler.disable(self._record)
+        self.record_rows = torch.compiler.disable(self._record_rows)
+        readers = {layer.adapter: Reader(layer.adapter, options.rows) for layer in self.layers}
+        self._readers = [readers[layer.adapter] for layer in self.layers]
+        self._widths: dict[int, int] = {}
+        self._sampler = None if options.sample_fraction == 1 else Sampler(options.sample_fraction, options.seed)
         self._accumulators: Harvest = {}
         self._workspaces: dict[torch.device, Workspace] = {}
         self._forwards: dict[tuple[int, int], int] = {}
+        self._offered: dict[tuple[int, int], int] = {}
         self._failures: dict[int, int] = {}
         self._warned: set[tuple[int, str]] = set()
         self._phases: set[int] = set()
@@ -102,9 +154,11 @@ class Recorder:
         self._token = next(_TOKENS)
         self._handles: list[RemovableHandle] = []
         _RECORDERS[self._token] = self
+        operator = define_operator(_record_compiled)
         try:
             for index, layer in enumerate(self.layers):
-                self._handles.append(layer.module.register_forward_hook(_Hook(self._token, index)))
+                hook = _Hook(self._token, index, self._readers[index], operator)
+                self._handles.append(layer.module.register_forward_hook(hook))
         except BaseException:
             self.close()
             raise
@@ -120,60 +174,168 @@ class Recorder:
             log.info("torch.compile has run in this process: its caches are reset, so that the hooks are compiled in")
             torch._dynamo.reset()
 
+    # --- in the forward ------------------------------------------------------------------------------------
+
     def _record(self, index: int, module: nn.Module, output: Any) -> None:
         """Add one forward's rows; called by the hooks."""
-        # A forward inside a running backward pass is activation checkpointing recomputing what was counted; one
-        # inside jit.trace or export sees an example.
-        if torch._C._current_graph_task_id() != -1 or self._failures.get(index, 0) >= _FAILURES:
-            return
-        if torch._C._is_tracing() or torch.compiler.is_compiling():
-            return
         key = (index, TRAIN if module.training else EVAL)
+        if self._passed_over(index):
+            return
         try:
-            with self._lock:
-                forward = self._forwards.get(key, 0)
-                self._forwards[key] = forward + 1
-                if forward % self.options.log_interval == 0:
-                    rows = self.layers[index].adapter.rows(module, output, self.options.rows)
-                    if _has_values(rows):
-                        self._accumulator(key, rows).add(rows)
-                        self._phases.add(key[1])
+            with self._lock, torch.no_grad():
+                if self._due(key):
+                    found = self._readers[index].read(module, output)
+                    if found is not None:
+                        self._add(key, *found)
                 self._failures.pop(index, None)
         except Exception as error:  # our mistake or an output we do not know must not stop a training
             self._fail(index, error)
 
+    def _record_rows(self, index: int, phase: int, rows: Tensor, padded: bool) -> None:
+        """Add one forward's rows; called by the operator in compiled code."""
+        if self._passed_over(index):
+            return
+        try:
+            with self._lock, torch.no_grad():
+                if self._due((index, phase)):
+                    self._add((index, phase), rows, padded)
+                self._failures.pop(index, None)
+        except Exception as error:
+            self._fail(index, error)
+
+    def _passed_over(self, index: int) -> bool:
+        """Whether this forward is no observation.
+
+        A forward inside a running backward pass is activation checkpointing recomputing what was counted; one
+        inside jit.trace or export sees an example.
+        """
+        return (
+            torch._C._current_graph_task_id() != -1
+            or self._failures.get(index, 0) >= _FAILURES
+            or torch._C._is_tracing()
+            or torch.compiler.is_compiling()
+        )
+
+    def _due(self, key: tuple[int, int]) -> bool:
+        """Count a forward, and say whether `log_interval` and `max_samples` let it be recorded."""
+        forward = self._forwards.get(key, 0)
+        self._forwards[key] = forward + 1
+        limit = self.options.max_samples
+        return forward % self.options.log_interval == 0 and (limit is None or self._offered.get(key, 0) < limit)
+
+    def _add(self, key: tuple[int, int], rows: Tensor, padded: bool) -> None:
+        """Leave out what does not count, and add the rest."""
+        if not self._has_values(key[0], rows):
+            return
+        layer = self.layers[key[0]]
+        keep = None
+        mask = self.masks.current() if padded else None
+        if mask is UNKNOWN:
+            return
+        if mask is not None:
+            steps_first = not (layer.adapter.batch_first or mask.batch_first)
+            if steps_first and rows.dim() > 2:
+                rows = rows.transpose(0, 1)
+            keep = mask.on(rows.device).keep(rows.shape[:-1], steps_first=steps_first)
+            if keep is None:
+                self._warn_unfit(key[0], mask.valid.shape, rows.shape)
+        if layer.adapter.sequence and rows.dim() == 3 and self.options.rows.timeseries_method == "last_timestep":
+            rows, keep = last_steps(rows, keep)
+        if self._sampler is not None:
+            rows, keep = self._sampler.choose(rows, keep, feature_map=not layer.adapter.sequence)
+        limit = self.options.max_samples
+        if limit is not None:
+            offered = self._offered.get(key, 0)
+            rows, keep = first_rows(rows, keep, limit - offered)
+            self._offered[key] = offered + rows.shape[0]
+        self._accumulator(key, rows).add(rows, keep)
+        self._phases.add(key[1])
+
+    def _has_values(self, index: int, rows: Tensor) -> bool:
+        """Whether these are numbers: not those of a fake or meta tensor, nor of a transform (vmap, grad, jvp)."""
+        if rows.device.type == "meta" or isinstance(rows, FakeTensor):
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(rows):
+            self._say_once("torch.func transforms (vmap, grad, jvp) are not recorded: their tensors have no rows")
+            return False
+        if rows.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._say_once("a forward that is captured into a CUDA graph is not recorded, nor are its replays")
+            return False
+        return True
+
+    def _say_once(self, what: str) -> None:
+        if (-1, what) not in self._warned:
+            self._warned.add((-1, what))
+            log.warning("%s", what)
+
+    def _warn_unfit(self, index: int, mask: torch.Size, rows: torch.Size) -> None:
+        if (index, "mask") not in self._warned:
+            self._warned.add((index, "mask"))
+            log.warning(
+                "layer %s: a mask of shape %s does not fit its rows of shape %s; all of them count",
+                self.layers[index].name,
+                tuple(mask),
+                tuple(rows),
+            )
+
     def _fail(self, index: int, error: Exception) -> None:
         """Leave out one forward of a layer, with a word for each kind of error; after several in a row, give it up."""
+        name = self.layers[index].name
+        if isinstance(error, Unrecordable):
+            self._failures[index] = _FAILURES
+            log.warning("layer %s is not recorded: %s", name, error)
+            return
         failures = self._failures[index] = self._failures.get(index, 0) + 1
         kind = type(error).__name__
         if failures < _FAILURES and (index, kind) in self._warned:
             return
         self._warned.add((index, kind))
+        width = self.width(index)
         log.warning(
-            "layer %s: %s; its output cannot be reduced to rows of %d features (%s: %s)",
-            self.layers[index].name,
+            "layer %s: %s; its output cannot be reduced to rows of %s (%s: %s)",
+            name,
             "not recorded any more" if failures == _FAILURES else "a forward is left out",
-            self.layers[index].features,
+            "features" if width is None else f"{width} features",
             kind,
             str(error).partition("\n")[0],
         )
 
-    def _accumulator(self, key: tuple[int, int], rows: torch.Tensor) -> Accumulator:
-        device = self.options.device or rows.device
+    # --- accumulators --------------------------------------------------------------------------------------
+
+    def width(self, index: int) -> int | None:
+        """Features of a layer; None as long as no forward has told."""
+        return self.layers[index].features or self._widths.get(index)
+
+    def _accumulator(self, key: tuple[int, int], rows: Tensor) -> Accumulator:
         accumulator = self._accumulators.get(key)
         if accumulator is None:
+            device = self.options.device or rows.device
+            width = self.width(key[0]) or self._admit(key[0], rows.shape[-1])
             workspace = self._workspaces.get(device)
             if workspace is None:
                 workspace = self._workspaces[device] = Workspace(device)
-            accumulator = Accumulator(self.layers[key[0]].features, workspace, self.options.precision)
+            accumulator = Accumulator(width, workspace, self.options.precision)
             self._accumulators[key] = accumulator
         return accumulator
+
+    def _admit(self, index: int, width: int) -> int:
+        """Take in a layer whose width its first forward tells, if it fits. Raises Unrecordable."""
+        if width > self.options.max_features:
+            raise Unrecordable(f"it {too_wide(width, self.options.max_features)}")
+        needed = worker_bytes([*known_widths(self.layers), *self._widths.values(), width])
+        if needed > self.options.max_memory:
+            raise Unrecordable(
+                f"with its {width} features recording would take up to {needed} bytes in this worker, more than "
+                f"max_memory={self.options.max_memory}; leave out other layers, or raise it"
+            )
+        self._widths[index] = width
+        return width
 
     def harvest(self, *, end_of_window: bool) -> Harvest:
         """Everything recorded since the last harvest; later forwards fill new accumulators.
 
-        The end of a window also restarts the counting of `log_interval`, so that each window has the first
-        batch of each phase.
+        The end of a window also restarts the counting of `log_interval` and `max_samples`, so that each window
+        has the first batch of each phase.
         """
         with self._lock:
             harvest, self._accumulators = self._accumulators, {}
@@ -184,6 +346,7 @@ class Recorder:
                 )
             if end_of_window:
                 self._forwards.clear()
+                self._offered.clear()
                 self._phases.clear()
         return harvest
 
@@ -198,55 +361,5 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.masks.close()
         _RECORDERS.pop(self._token, None)
-
-
-def _has_values(rows: torch.Tensor) -> bool:
-    """Whether these are numbers: not those of a fake or meta tensor, nor of a function transform (vmap, grad, jvp)."""
-    return not (
-        rows.device.type == "meta"
-        or isinstance(rows, FakeTensor)
-        or torch._C._functorch.is_functorch_wrapped_tensor(rows)
-    )
-
-
-def fit_memory(layers: Sequence[TrackedLayer], *, max_features: int, max_memory: int) -> list[TrackedLayer]:
-    """The layers that may be recorded: computes what they take before anything is allocated.
-
-    Layers wider than `max_features` are left out, with a warning. Raises OptionError when none is left, or when
-    the others take more than `max_memory` bytes.
-    """
-    tracked = [layer for layer in layers if layer.features <= max_features]
-    for layer in layers:
-        if layer.features > max_features:
-            log.warning(
-                "layer %s has %d features and is left out; raise max_features=%d to record it (%.1f GiB)",
-                layer.name,
-                layer.features,
-                max_features,
-                worker_bytes([layer]) / (1 << 30),
-            )
-    if not tracked:
-        raise OptionError(f"max_features={max_features} leaves no layer out of {[layer.features for layer in layers]}")
-    needed = worker_bytes(tracked)
-    if needed > max_memory:
-        widest = ", ".join(f"{w.name} ({w.features})" for w in sorted(tracked, key=lambda layer: -layer.features)[:3])
-        raise OptionError(
-            f"max_memory={max_memory} bytes, but recording {len(tracked)} layers takes up to {needed} in each worker; "
-            f"leave some out, or raise it; the widest: {widest}"
-        )
-    log.info("recording %d layers takes up to %.1f MiB in this worker", len(tracked), needed / (1 << 20))
-    return tracked
-
-
-def worker_bytes(layers: Sequence[TrackedLayer]) -> int:
-    """Bytes that recording takes at most, on the device and the host of one worker together.
-
-    For every layer the accumulators of both phases, twice (those being filled and those handed to the
-    sender), and its share of one packed delta of both phases; for all layers together one product and one
-    chunk of rows of scratch, of the widest layer.
-    """
-    total = sum(4 * Accumulator.nbytes(layer.features) + 16 * triangle_size(layer.features) for layer in layers)
-    widest = max((layer.features for layer in layers), default=0)
-    # Scratch exists in float32 and, for rows that float32 cannot do, in float64.
-    return total + 12 * (block_plan(widest).size + max(1 << 20, 1024 * widest)) if widest else total

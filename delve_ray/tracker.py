@@ -6,30 +6,36 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, SupportsFloat
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from delve_ray.checks import check_flag, check_integer, check_name, check_seconds
-from delve_ray.connect import Identity, given_store, identify, join
-from delve_ray.errors import DelveRayError, OptionError, StoreError
-from delve_ray.layers import Modules, RowOptions, check_uncompiled, select_layers
+from delve_ray.connect import given_store, identify, join, publication
+from delve_ray.errors import OptionError, StoreError
+from delve_ray.masks import MaskFunction, check_mask
+from delve_ray.memory import fit_memory
 from delve_ray.options import (
-    check_conv_method,
     check_device,
+    check_fraction,
+    check_mask_function,
+    check_max_samples,
     check_precision,
-    check_timeseries_method,
+    check_rows,
     check_unbuilt,
 )
-from delve_ray.recorder import Recorder, RecorderOptions, fit_memory
+from delve_ray.recorder import Recorder, RecorderOptions
+from delve_ray.selection import LayerFilter, Modules, root_modules, select_layers
 from delve_ray.shipping import Shipper
-from delve_ray.spectrum import check_threshold, resolve_stats
-from delve_ray.store.protocol import LayerInfo, Store, StoreConfig
+from delve_ray.stat_options import check_thresholds, resolve_stats
+from delve_ray.store.protocol import LayerInfo, Store
+from delve_ray.waiting import leave, wait_published
 from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
 
@@ -54,17 +60,37 @@ class SaturationTracker:
             meant from the working directory, in a Ray Train worker from the run's own directory under its
             storage_path. A directory that holds a run already is refused.
         save_to: "parquet", "tensorboard", or a list of these.
-        modules: The model, or a list or dict of models. Linear, Conv2d and LSTM layers are recorded.
-        layer_filter: Function that gets {name: module} of these layers and returns it with entries removed.
+        modules: The model, or a list or dict of models. Recorded are Linear, Bilinear, convolutions, recurrent
+            layers, MultiheadAttention, embeddings, transformers' Conv1D and what `register_adapter` names.
+        layers: Names of modules to record instead, any module, or patterns over names, in which "*" stands for
+            anything: ["encoder.*", "!*.dropout"]. Each adds what it fits, or takes it away with "!"; where the first
+            takes away, it does so from the layers recorded by default. A pattern that ends in "*" means layers, not
+            the containers between them. What has no adapter is read with its features last, or as feature maps
+            where the layers inside or before it make some.
+        layer_filter: Function that gets {name: module} of the layers and returns it with entries removed, or with
+            other modules of the model added.
         ignore_layer_names: Names of layers to leave out.
         log_interval: Record every n-th forward of each layer and phase; each window has its first.
+        max_samples: Of each layer, phase and window, this worker's first so many rows are looked at, counted after
+            `sample_fraction`; masked and non-finite ones are among them.
+        sample_fraction: Share of each output's rows (of feature maps, positions, the same for a whole batch) that
+            is recorded, chosen anew for every forward, each row with this probability.
+        seed: Of that choice, which draws from generators of its own.
+        mask: Function that gets what the model's forward gets and returns the batch's mask, see `mask()`.
         stats: Statistics to publish: Delve's short names (lsat, idim, cov, det, trc, dtrc) or the long ones;
-            by default every scalar one. "cov" publishes covariances as well.
+            by default every scalar one. "cov" publishes covariances as well; "correlation" and "rankme", which take
+            decompositions of their own, are there on request.
         include_conv: False leaves out convolutions.
-        conv_method: "channelwise": each position of a feature map is an observation of C features.
-        timeseries_method: "timestepwise": each step of each sequence is an observation; "last_timestep": for
-            recurrent layers, the last valid step of each sequence.
-        sat_threshold: δ in (0, 1]: the share of variance that the intrinsic dimensionality has to explain.
+        conv_method: "channelwise": each position of a feature map is an observation of C features; "mean", "max",
+            "median" (the lower of two middle ones): over the positions of each channel, an observation per sample;
+            "flatten": one observation of all channels and positions per sample.
+        interpolation_strategy: A mode of torch's interpolate ("area", "nearest", "linear", …), by which feature maps
+            larger than `interpolation_downsampling` along any dimension are resized to it before all else.
+        timeseries_method: "timestepwise": each step of each sequence is an observation; "last_timestep": the last
+            step of each sequence, the last valid one where a mask or a packed sequence tells. Outputs (B, T, D) count
+            as sequences, batch first where the layer does not know better.
+        sat_threshold: δ in (0, 1]: the share of variance that the intrinsic dimensionality has to explain; 0.99 by
+            default. Of several, the first is that of `saturation`, and rows hold the dimensionality for each.
         device: Where moments are accumulated; by default where each layer's output is.
         initial_epoch: Step of the first window when `add_saturations` is called without one.
         nosave: True writes no file; `metrics()` works.
@@ -76,9 +102,8 @@ class SaturationTracker:
         precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 in both.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
         max_memory: Bytes that recording may take in this worker; computed and checked here, before it starts.
-        writer_args, max_samples, layerwise_sat, average_sat, reset_covariance, interpolation_strategy,
-        interpolation_downsampling, verbose, max_overhead, layers, resume, name: Understood; whatever differs
-            from today's behaviour raises NotImplementedError.
+        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, max_overhead, resume, name: Understood;
+            whatever differs from today's behaviour raises NotImplementedError.
 
     Raises:
         OptionError: an option that cannot be used; it names the option, the value and what would be right.
@@ -103,7 +128,7 @@ class SaturationTracker:
         save_to: str | Sequence[str] | None = None,
         modules: Modules | None = None,
         *,
-        layer_filter: Callable[[dict[str, nn.Module]], dict[str, nn.Module]] | None = None,
+        layer_filter: LayerFilter | None = None,
         ignore_layer_names: Sequence[str] = (),
         writer_args: Mapping[str, Any] | None = None,
         log_interval: int = 1,
@@ -115,7 +140,7 @@ class SaturationTracker:
         include_conv: bool = True,
         conv_method: str = "channelwise",
         timeseries_method: str = "timestepwise",
-        sat_threshold: float | None = None,
+        sat_threshold: float | Sequence[float] | None = None,
         nosave: bool = False,
         verbose: bool = False,
         device: str | torch.device | None = None,
@@ -131,34 +156,42 @@ class SaturationTracker:
         max_overhead: float | None = None,
         max_features: int = 8192,
         max_memory: int = 8 << 30,
-        layers: Sequence[str] | None = None,
+        layers: Sequence[str] | str | None = None,
+        mask: MaskFunction | None = None,
+        sample_fraction: float = 1.0,
+        seed: int = 0,
         resume: object = None,
         name: str | None = None,
     ) -> None:
         check_unbuilt(locals())
         options = RecorderOptions(
-            RowOptions(check_conv_method(conv_method), check_timeseries_method(timeseries_method)),
+            check_rows(conv_method, timeseries_method, interpolation_strategy, interpolation_downsampling),
             log_interval=check_integer("log_interval", log_interval, at_least=1),
             precision=check_precision(precision),
             device=check_device(device),
-        )
-        live = check_seconds("publish_every", publish_every)
-        first_step = check_integer("initial_epoch", initial_epoch, at_least=0)
-        selected = select_layers(
-            check_uncompiled(modules),
-            layer_filter=layer_filter,
-            ignore_layer_names=ignore_layer_names,
-            include_conv=check_flag("include_conv", include_conv),
-        )
-        tracked = fit_memory(
-            selected,
+            max_samples=check_max_samples(max_samples),
+            sample_fraction=check_fraction("sample_fraction", sample_fraction),
+            seed=check_integer("seed", seed, at_least=0),
             max_features=check_integer("max_features", max_features, at_least=1),
             max_memory=check_integer("max_memory", max_memory, at_least=1),
         )
+        live = check_seconds("publish_every", publish_every)
+        first_step = check_integer("initial_epoch", initial_epoch, at_least=0)
+        check_mask_function(mask)
+        self._roots = [root for _, root in root_modules(modules)]
+        selected = select_layers(
+            modules,
+            layers=layers,
+            layer_filter=layer_filter,
+            ignore_layer_names=ignore_layer_names,
+            include_conv=check_flag("include_conv", include_conv),
+            options=options.rows,
+        )
+        tracked = fit_memory(selected, max_features=options.max_features, max_memory=options.max_memory)
         given = None if store is None else given_store(store)
         settings = given.settings() if given is not None else None
         identity = identify(savefile, run, rank, world_size, settings)
-        config = _publication(identity, settings, options, live)
+        config = publication(identity, settings, precision=options.precision, publish_every=live)
         if check_flag("nosave", nosave):
             config = replace(config, save_to=())
         elif save_to is not None or settings is None:
@@ -166,10 +199,13 @@ class SaturationTracker:
         if stats is not None or settings is None:
             config = replace(config, stats=resolve_stats(stats))
         if sat_threshold is not None:
-            config = replace(config, threshold=check_threshold(sat_threshold))
+            thresholds = check_thresholds(sat_threshold)
+            config = replace(config, threshold=thresholds[0], thresholds=thresholds if len(thresholds) > 1 else ())
         self._source = identity.source()
-        self._recorder = Recorder(tracked, options)
+        self._recorder = Recorder(tracked, replace(options, seed=options.seed + self._source.rank))
         try:
+            if mask is not None:
+                self._recorder.masks.attach(self._roots, mask)
             self._store: Store
             self._store, ours = (given, False) if given is not None else join(identity, config)
             try:
@@ -217,6 +253,35 @@ class SaturationTracker:
         self._next_step = label + 1
         self._shipper.close_window(label)
 
+    def mask(self, mask: Tensor | MaskFunction | None, *, batch_first: bool = True) -> AbstractContextManager[None]:
+        """Within `with tracker.mask(attention_mask):`, steps of sequences that are padding do not count.
+
+        The mask is boolean or integer, (batch, steps), True or 1 where a step counts, as an attention mask is; a
+        `key_padding_mask` of torch's attention is the opposite, `~mask`. Without `batch_first` it is (steps, batch),
+        and so are the outputs of layers that do not know their own layout, such as Linear. It holds for outputs
+        that begin with its shape, also flattened to rows; rows that stand for whole sequences count where any step
+        does. What it does not fit counts whole, with a word. A function is asked anew for every forward of the model,
+        with what that gets; None lifts the mask of an outer block. With DataParallel's threads it does not reach.
+
+        Raises OptionError for what is no mask.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 2)
+            >>> with SaturationTracker(modules=model, nosave=True, savefile="unused") as tracker:
+            ...     with tracker.mask(torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])):
+            ...         _ = model(torch.randn(2, 4, 3))
+            ...     tracker.add_saturations()
+            ...     _ = tracker.metrics(wait=True)
+            ...     tracker.store.covariance("Linear", "train").shape
+            (2, 2)
+        """
+        masks = self._recorder.masks
+        if mask is None:
+            return masks.use(None)
+        if callable(mask) and not isinstance(mask, Tensor):
+            return masks.asking(self._roots, mask)
+        return masks.use(check_mask(mask, batch_first=batch_first))
+
     def add_scalar(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
         """Record a value beside the spectra, such as an accuracy; returns at once.
 
@@ -247,15 +312,7 @@ class SaturationTracker:
         deadline = time.monotonic() + limit
         if not self._shipper.flush(limit):
             raise StoreError(self._shipper.lost or f"rank {self._source.rank} could not deliver within {limit:g} s")
-        pause = 0.005
-        while (progress := self._store.progress(limit)).published < self._shipper.windows:
-            if time.monotonic() >= deadline:
-                raise StoreError(
-                    f"window {progress.published} of run {self._source.run!r} is not published after {limit:g} s: "
-                    f"ranks {list(progress.missing)} have not closed it; every rank calls add_saturations() as often"
-                )
-            time.sleep(pause)
-            pause = min(2 * pause, 0.25)
+        progress = wait_published(self._store, self._source.run, self._shipper.windows, deadline, limit)
         self._shipper.metrics = dict(progress.metrics)
         return dict(progress.metrics)
 
@@ -334,50 +391,11 @@ class SaturationTracker:
                     self._shipper.undelivered(),
                     self._shipper.lost or f"the store took more than {timeout:g} s",
                 )
-            self._leave(deadline, completed=completed and delivered)
+            leave(self._shipper, deadline, completed=completed and delivered, rejoinable=self._rejoinable)
         finally:  # also when Ctrl-C ends the waiting
             self._shipper.stop()
             atexit.unregister(self.close)
 
-    def _leave(self, deadline: float, *, completed: bool) -> None:
-        """Take leave of the store; the last rank waits for the files and releases it."""
-
-        def left() -> float:
-            return max(1.0, deadline - time.monotonic())
-
-        store = self._store
-        try:
-            if not completed and self._rejoinable:
-                store.flush(left())  # the store may end with this process
-            self._shipper.metrics = dict(store.progress(left()).metrics)
-            if not store.leave(self._source, completed=completed or not self._rejoinable, timeout=left()).finished:
-                return
-            if not store.wait_finished(left()):
-                log.error("run %s: the files are not complete in time; its store goes on", self._source.run)
-                return
-            progress = store.progress(left())
-            self._shipper.metrics = dict(progress.metrics)
-            for problem in progress.problems:
-                log.error("run %s: %s", self._source.run, problem)
-            store.end()
-        except DelveRayError as error:
-            log.error("rank %d of run %s left without an answer: %s", self._source.rank, self._source.run, error)
-
     def _check_open(self, method: str) -> None:
         if self._closed:
             raise StoreError(f"{method}() after close(); make a new tracker for a new run")
-
-
-def _publication(
-    identity: Identity, settings: StoreConfig | None, options: RecorderOptions, publish_every: float
-) -> StoreConfig:
-    """How the run is published, before the user's own choices: like the given store, else by default."""
-    config = settings or StoreConfig(run=identity.run, savefile=identity.savefile, world_size=identity.world_size)
-    return replace(
-        config,
-        run=identity.run,
-        savefile=identity.savefile,
-        world_size=identity.world_size,
-        publish_every=publish_every,
-        product_eps=float(torch.finfo(options.precision).eps),
-    )

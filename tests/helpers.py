@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from delve_ray import spectrum
 from delve_ray.accumulator import Accumulator
 from delve_ray.errors import OptionError
-from delve_ray.layers import RowOptions, select_layers
+from delve_ray.layers import RowOptions
 from delve_ray.moments import Moments
 from delve_ray.recorder import Harvest, Recorder, RecorderOptions
+from delve_ray.selection import select_layers
 from delve_ray.workspace import Workspace
 
 F64 = npt.NDArray[np.float64]
+Recorded = dict[tuple[str, str], Moments]
+"""Moments by (name of the layer, name of the phase)."""
 
 TOLERANCE = 1e-6
 """Of λ1: what the covariance may differ by from a two-pass one in float64."""
@@ -156,11 +159,12 @@ def merged(parts: Sequence[Moments]) -> Moments:
 
 @contextmanager
 def recording(
-    modules: Any, *, rows: RowOptions | None = None, log_interval: int = 1, precision: torch.dtype = torch.float32
+    modules: Any, *, rows: RowOptions | None = None, layers: Sequence[str] | None = None, **options: Any
 ) -> Iterator[Recorder]:
-    """A recorder on every layer of a model; its hooks are gone at the end."""
-    options = RecorderOptions(rows or RowOptions(), log_interval=log_interval, precision=precision)
-    recorder = Recorder(select_layers(modules), options)
+    """A recorder on every layer of a model, or on those that `layers` names; its hooks are gone at the end."""
+    row_options = rows or RowOptions()
+    selected = select_layers(modules, layers=layers, options=row_options)
+    recorder = Recorder(selected, RecorderOptions(row_options, **options))
     try:
         recorder.start()
         yield recorder

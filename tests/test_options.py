@@ -5,17 +5,19 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from delve_ray.errors import DelveRayError, OptionError
+from delve_ray.layers import RowOptions
 from delve_ray.options import (
-    PRECISIONS,
     check_choice,
-    check_conv_method,
     check_device,
-    check_precision,
-    check_timeseries_method,
+    check_fraction,
+    check_mask_function,
+    check_max_samples,
+    check_rows,
     check_unbuilt,
     not_built,
 )
@@ -52,34 +54,64 @@ def test_another_choice_is_refused_with_all_there_are(value: object) -> None:
     assert str(refusal.value) == f"colour={value!r} is none of 'red', 'blue', 'green'"
 
 
-def test_methods_that_are_built() -> None:
-    assert check_conv_method("channelwise") == "channelwise"
-    assert check_timeseries_method("timestepwise") == "timestepwise"
-    assert check_timeseries_method("last_timestep") == "last_timestep"
+def rows(**options: Any) -> RowOptions:
+    values = {
+        "conv_method": "channelwise",
+        "timeseries_method": "timestepwise",
+        "interpolation_strategy": None,
+        "interpolation_downsampling": 32,
+    }
+    return check_rows(**(values | options))
 
 
-@pytest.mark.parametrize("value", ["mean", "max", "median", "flatten"])
-def test_delves_other_convolution_methods_are_known(value: str) -> None:
-    assert_refused(
-        lambda: check_conv_method(value), f"conv_method='{value}'", "'channelwise'", error=NotImplementedError
-    )
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("conv_method", value) for value in ("channelwise", "mean", "max", "median", "flatten")),
+        *(("timeseries_method", value) for value in ("timestepwise", "last_timestep")),
+        *(("interpolation_strategy", value) for value in (None, "nearest", "area", "bilinear", "bicubic")),
+        ("interpolation_downsampling", 1),
+    ],
+)
+def test_each_way_to_make_rows(option: str, value: object) -> None:
+    assert getattr(rows(**{option: value}), option) == value
 
 
-def test_unknown_methods_are_refused() -> None:
-    assert_refused(
-        lambda: check_conv_method("channel"), "conv_method='channel'", "channelwise", "mean", "max", "median", "flatten"
-    )
-    assert_refused(
-        lambda: check_timeseries_method("last"), "timeseries_method='last'", "'timestepwise'", "'last_timestep'"
-    )
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("conv_method", "channel", ["'channelwise'", "'mean'", "'max'", "'median'", "'flatten'"]),
+        ("timeseries_method", "last", ["'timestepwise'", "'last_timestep'"]),
+        ("interpolation_strategy", "lanczos", ["'nearest'", "'area'", "'bilinear'"]),
+        ("interpolation_downsampling", 0, ["integer", "at least 1"]),
+        ("interpolation_downsampling", 8.0, ["integer"]),
+    ],
+)
+def test_other_ways_are_refused_with_those_there_are(option: str, value: object, words: list[str]) -> None:
+    assert_refused(lambda: rows(**{option: value}), f"{option}={value!r}", *words)
 
 
-def test_precisions() -> None:
-    assert check_precision("float32") is torch.float32
-    assert check_precision("float64") is torch.float64
-    for known in ("bfloat16", "tf32"):
-        assert_refused(lambda: check_precision(known), f"precision='{known}'", *PRECISIONS, error=NotImplementedError)  # noqa: B023
-    assert_refused(lambda: check_precision(torch.float32), "precision=torch.float32", "'float32'", "'float64'")
+def test_how_many_samples() -> None:
+    assert check_max_samples(None) is None
+    assert check_max_samples(7) == 7
+    for value in (0, -1, 2.5, "all", True):
+        assert_refused(lambda value=value: check_max_samples(value), f"max_samples={value!r}", "integer")
+
+
+def test_shares() -> None:
+    for share in (1, 1.0, 0.25, np.float32(0.5)):
+        assert check_fraction("sample_fraction", share) == share
+    for value in (0, -0.1, float("nan"), "all", True, None):
+        assert_refused(
+            lambda value=value: check_fraction("sample_fraction", value), f"sample_fraction={value!r}", "(0, 1]"
+        )
+    assert_refused(lambda: check_fraction("sample_fraction", 25), "sample_fraction=25", "write 0.25")
+
+
+def test_a_mask_function_is_a_function() -> None:
+    check_mask_function(None)
+    check_mask_function(len)
+    assert_refused(lambda: check_mask_function(torch.ones(2, 2)), "mask is", "Tensor", "with tracker.mask(mask)")
 
 
 # --- device --------------------------------------------------------------------------------------------
@@ -131,15 +163,11 @@ def test_defaults_pass() -> None:
     ("option", "value", "instead"),
     [
         ("writer_args", {"x": 1}, "writers"),
-        ("max_samples", 500, "log_interval"),
         ("layerwise_sat", False, "per layer"),
         ("average_sat", False, "mean"),
         ("reset_covariance", False, "window"),
-        ("interpolation_strategy", "bilinear", "position"),
-        ("interpolation_downsampling", 16, "position"),
         ("verbose", True, "tracker.metrics()"),
         ("max_overhead", 0.02, "log_interval"),
-        ("layers", ["conv1"], "layer_filter"),
         ("resume", "must", "savefile"),
         ("name", "teacher", "run="),
     ],
@@ -156,8 +184,8 @@ def test_each_names_itself_and_the_way_that_exists(option: str, value: object, i
 
 
 def test_the_first_that_is_not_built_is_named_alone() -> None:
-    with pytest.raises(NotImplementedError, match=r"^max_samples=5 is not built yet; [^=]*$"):
-        check_unbuilt(DEFAULTS | {"max_samples": 5, "name": "x"})
+    with pytest.raises(NotImplementedError, match=r"^max_overhead=0.5 is not built yet; [^=]*$"):
+        check_unbuilt(DEFAULTS | {"max_overhead": 0.5, "name": "x"})
 
 
 def test_not_built_is_an_error_to_raise() -> None:

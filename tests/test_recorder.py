@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,14 +24,14 @@ from torch.utils.hooks import RemovableHandle
 
 from delve_ray import recorder as module
 from delve_ray.accumulator import Accumulator
-from delve_ray.errors import OptionError
-from delve_ray.layers import RowOptions, select_layers
-from delve_ray.moments import Moments
-from delve_ray.recorder import EVAL, TRAIN, Recorder, RecorderOptions, fit_memory, worker_bytes
+from delve_ray.layers import RowOptions, TokenAdapter
+from delve_ray.recorder import EVAL, TRAIN, Recorder, RecorderOptions
 from delve_ray.schema import PHASES
+from delve_ray.selection import select_layers
 from tests.helpers import (
     MODELS,
     TOLERANCE,
+    Recorded,
     assert_exact,
     build,
     cnn,
@@ -45,7 +44,6 @@ from tests.helpers import (
 )
 
 models = pytest.mark.parametrize("name", MODELS)
-Recorded = dict[tuple[str, str], Moments]
 
 
 @pytest.fixture(autouse=True)
@@ -717,7 +715,7 @@ def test_no_output_of_any_layer_kind_makes_the_hook_raise(
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
-def test_function_transforms_work_and_are_no_observation(transform: str) -> None:
+def test_function_transforms_work_and_are_no_observation(transform: str, caplog: pytest.LogCaptureFixture) -> None:
     model = build("mlp").eval()
     parameters = dict(model.named_parameters())
     x = inputs("mlp", 10)
@@ -735,9 +733,12 @@ def test_function_transforms_work_and_are_no_observation(transform: str) -> None
     expected = run()
     with recording(model) as recorder:
         assert torch.equal(run(), expected)
+        assert torch.equal(run(), expected)
         assert recorder.harvest(end_of_window=True) == {}
         model(x)
         assert set(counts(harvested(recorder)).values()) == {10}
+    (said,) = warnings_of(caplog)
+    assert "torch.func transforms" in said
 
 
 def test_tensors_without_values_are_no_observation() -> None:
@@ -776,18 +777,19 @@ def test_an_interrupted_forward_costs_its_layer_and_is_said(
         assert set(counts(harvested(recorder)).values()) == {30}
 
 
-def test_a_harvest_from_inside_a_hook_does_not_lock_up() -> None:
+def test_a_harvest_from_inside_a_hook_does_not_lock_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # As a signal handler that closes the tracker may do.
     layer = nn.Linear(4, 4)
     with recording(layer) as recorder:
         harvests = []
 
-        class Interrupting(type(recorder.layers[0].adapter)):  # type: ignore[misc]
-            def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
-                harvests.append(recorder.harvest(end_of_window=True))
-                return super().rows(module, output, options)  # type: ignore[no-any-return]
+        plain = TokenAdapter.rows
 
-        recorder.layers[0] = replace(recorder.layers[0], adapter=Interrupting())
+        def interrupted(self: TokenAdapter, *given: Any) -> Tensor:
+            harvests.append(recorder.harvest(end_of_window=True))
+            return plain(self, *given)
+
+        monkeypatch.setattr(TokenAdapter, "rows", interrupted)
         for batch in (10, 20, 30):
             layer(torch.randn(batch, 4))
         harvests.append(recorder.harvest(end_of_window=True))
@@ -820,132 +822,15 @@ def failing_on_second() -> Callable[[nn.Module, Any], RemovableHandle]:
     return register
 
 
-# --- compilers -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def run_phases(model: Callable[[Tensor], Tensor], owner: nn.Module, name: str, recorder: Recorder) -> Recorded:
-    """Training and evaluation, with a pause in between."""
-    for seed in range(3):
-        model(inputs(name, 16, seed)).sum().backward()
-    recorder.recording = False
-    model(inputs(name, 16))
-    recorder.recording = True
-    owner.eval()
-    model(inputs(name, 16, 8))
-    owner.train()
-    return harvested(recorder)
-
-
-def check_compiled(name: str, backend: str) -> None:
-    expected_model, model = build(name), build(name)
-    for part in [*expected_model.modules(), *model.modules()]:
-        if isinstance(part, nn.Dropout | nn.Dropout2d):
-            part.p = 0.0  # a compiler may draw other random numbers
-        if isinstance(part, nn.LSTM):
-            part.dropout = 0.0
-    with recording(expected_model) as recorder:
-        expected = run_phases(expected_model, expected_model, name, recorder)
-    with recording(model) as recorder:
-        compiled = torch.compile(model, backend=backend)
-        recorded = run_phases(compiled, model, name, recorder)
-        assert [layer.name for layer in select_layers(compiled)] == [layer.name for layer in recorder.layers]
-    assert counts(recorded) == counts(expected)
-    for key, moments in recorded.items():
-        tolerance = TOLERANCE if backend == "eager" else 1e-4  # the compiler's own
-        assert covariance_error(moments.covariance(), expected[key].covariance()) < tolerance
-    for left, right in zip(model.parameters(), expected_model.parameters(), strict=True):
-        torch.testing.assert_close(left.grad, right.grad)
-
-
-@models
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_model_compiled_after_the_hooks_were_added(name: str) -> None:
-    check_compiled(name, "eager")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
-def test_a_model_compiled_to_machine_code() -> None:
-    check_compiled("mlp", "inductor")
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_hooks_fire_in_a_model_that_was_compiled_before_they_were_added() -> None:
-    model = build("mlp")
-    compiled = torch.compile(model, backend="eager")
-    compiled(inputs("mlp", 20))
-    with recording(model) as recorder:
-        compiled(inputs("mlp", 20))  # of the same shape: nothing else asks for a new compilation
-        assert counts(harvested(recorder)) == {(layer, "train"): 20 for layer in ("0", "3", "5")}
+# --- tracing ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_traced_or_exported_model_is_no_observation() -> None:
+def test_a_traced_model_is_no_observation() -> None:
     model = build("mlp").eval()
     x = inputs("mlp", 10)
     with recording(model) as recorder:
-        exported = torch.export.export(model, (x,), strict=False)
-        assert recorder.harvest(end_of_window=True) == {}
-        assert torch.equal(exported.module()(x), model(x))
-        recorder.harvest(end_of_window=True)
         traced = torch.jit.trace(model, x, check_trace=False)
         assert recorder.harvest(end_of_window=True) == {}
         assert torch.equal(traced(x), model(x))
         assert set(counts(harvested(recorder)).values()) == {10}
-
-
-# --- memory --------------------------------------------------------------------------------------------
-
-
-def test_a_recorder_stays_within_the_bytes_that_are_stated() -> None:
-    model = nn.Sequential(nn.Linear(8, 300), nn.Conv2d(1, 64, 1), nn.Linear(300, 17))
-    layers = select_layers(model)
-    recorder = Recorder(layers, RecorderOptions())
-    recorder.start()
-    for _ in range(2):
-        model[2](model[0](torch.randn(5000, 8)))
-        model[1](torch.randn(4, 1, 100, 100))
-        model.eval()
-    model.train()
-    harvest = recorder.harvest(end_of_window=False)
-    for part in (model[0], model[0].eval()):
-        part(torch.randn(5000, 8))
-    recorder.close()
-    held = list(harvest.values()) + list(recorder.harvest(end_of_window=True).values())
-    taken = sum(
-        value.numel() * value.element_size()
-        for accumulator in held
-        for value in vars(accumulator).values()
-        if isinstance(value, Tensor)
-    )
-    for workspace in recorder._workspaces.values():
-        taken += sum(buffer.numel() * buffer.element_size() for buffer in workspace._flat.values())
-    assert 0 < taken <= worker_bytes(layers)
-    assert worker_bytes([]) == 0
-
-
-def test_layers_that_are_too_wide_are_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    layers = select_layers(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 9), nn.Linear(9, 7)))
-    kept = fit_memory(layers, max_features=8, max_memory=1 << 30)
-    assert [layer.name for layer in kept] == ["0", "2"]
-    (message,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    caplog.clear()
-    assert message.startswith("layer 1 has 9 features and is left out; raise max_features=8")
-
-
-def test_what_does_not_fit_is_refused_in_words(caplog: pytest.LogCaptureFixture) -> None:
-    layers = select_layers(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 9)))
-    needed = worker_bytes(layers)
-    assert fit_memory(layers, max_features=9, max_memory=needed) == layers
-    with pytest.raises(OptionError, match=rf"max_memory={needed - 1} .* {needed} .*the widest: 1 \(9\), 0 \(8\)"):
-        fit_memory(layers, max_features=9, max_memory=needed - 1)
-    with pytest.raises(OptionError, match=r"max_features=7 leaves no layer out of \[8, 9\]"):
-        fit_memory(layers, max_features=7, max_memory=needed)
-    caplog.clear()

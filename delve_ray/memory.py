@@ -1,0 +1,61 @@
+"""What recording takes, computed before anything is allocated, and which layers fit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+
+from delve_ray.accumulator import Accumulator
+from delve_ray.errors import OptionError
+from delve_ray.moments import triangle_size
+from delve_ray.selection import TrackedLayer
+from delve_ray.workspace import block_plan
+
+log = logging.getLogger(__name__)
+
+
+def fit_memory(layers: Sequence[TrackedLayer], *, max_features: int, max_memory: int) -> list[TrackedLayer]:
+    """The layers that may be recorded, those of unknown width included: their first forward decides.
+
+    Layers wider than `max_features` are left out, with a warning. Raises OptionError when none is left, or when
+    the others take more than `max_memory` bytes.
+    """
+    tracked = [layer for layer in layers if layer.features is None or layer.features <= max_features]
+    for layer in layers:
+        if layer.features is not None and layer.features > max_features:
+            log.warning("layer %s %s", layer.name, too_wide(layer.features, max_features))
+    if not tracked:
+        raise OptionError(f"max_features={max_features} leaves no layer out of {[layer.features for layer in layers]}")
+    needed = worker_bytes(known_widths(tracked))
+    if needed > max_memory:
+        widest = sorted(tracked, key=lambda layer: -(layer.features or 0))[:3]
+        raise OptionError(
+            f"max_memory={max_memory} bytes, but recording {len(tracked)} layers takes up to {needed} in each worker; "
+            f"leave some out, or raise it; the widest: {', '.join(f'{w.name} ({w.features})' for w in widest)}"
+        )
+    log.info("recording %d layers takes up to %.1f MiB in this worker", len(tracked), needed / (1 << 20))
+    return tracked
+
+
+def too_wide(features: int, max_features: int) -> str:
+    """In words, why a layer is left out."""
+    gib = worker_bytes([features]) / (1 << 30)
+    return f"has {features} features and is left out; raise max_features={max_features} to record it ({gib:.1f} GiB)"
+
+
+def known_widths(layers: Iterable[TrackedLayer]) -> list[int]:
+    """The widths that are known without a forward."""
+    return [layer.features for layer in layers if layer.features is not None]
+
+
+def worker_bytes(widths: Sequence[int]) -> int:
+    """Bytes that recording layers of these widths takes at most, on the device and the host of one worker together.
+
+    For every layer the accumulators of both phases, twice (those being filled and those handed to the
+    sender), and its share of one packed delta of both phases; for all layers together one product and one
+    chunk of rows of scratch, of the widest layer.
+    """
+    total = sum(4 * Accumulator.nbytes(features) + 16 * triangle_size(features) for features in widths)
+    widest = max(widths, default=0)
+    # Scratch exists in float32 and, for rows that float32 cannot do, in float64.
+    return total + 12 * (block_plan(widest).size + max(1 << 20, 1024 * widest)) if widest else total

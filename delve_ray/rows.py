@@ -1,0 +1,142 @@
+"""From a layer's output to the rows that count: placement, masks, last steps, and a bounded or random choice.
+
+Letters in names: B batch, T steps of a sequence, D features. `keep` is a boolean tensor of the shape of the rows
+without their last dimension: False where a row does not count. Nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from delve_ray.layers import LayerAdapter, RowOptions, Unrecordable, has_padding
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How one layer is read; layers of one kind share it, so that compiled code can serve them all."""
+
+    adapter: LayerAdapter
+    options: RowOptions
+
+    def read(self, module: nn.Module, output: Any) -> tuple[Tensor, bool] | None:
+        """The rows (…, D) of an output and whether a mask can concern them; None where another rank has them.
+
+        Also traced by torch.compile, so it only reshapes. Raises Unrecordable.
+        """
+        rows: Tensor | None = self.adapter.rows(module, output, self.options)
+        if type(rows) is not Tensor and hasattr(rows, "placements"):
+            rows = _local(rows)
+        if rows is None:
+            return None
+        return (rows.dequantize() if rows.is_quantized else rows).detach(), has_padding(output)
+
+
+def _local(tensor: Any) -> Tensor | None:
+    """This rank's share of a DTensor's rows; None where another rank has the same ones."""
+    first = True
+    for dimension, placement in enumerate(tensor.placements):
+        if placement.is_partial():
+            raise Unrecordable(
+                f"its output is a DTensor of placements {tensor.placements}, a sum that is not taken yet; track the "
+                f"module that takes it, or give this one another output layout"
+            )
+        if placement.is_shard():
+            if placement.dim % tensor.dim() == tensor.dim() - 1:
+                raise Unrecordable(
+                    f"its output is a DTensor of placements {tensor.placements}: its features are spread over ranks, "
+                    f"and a covariance needs them together; track a module whose output is whole"
+                )
+        elif tensor.device_mesh.get_local_rank(dimension) != 0:
+            first = False
+    local: Tensor = tensor.to_local()
+    return local if first else None
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which steps of which sequences count: `valid` is boolean, B×T (or with further dimensions, or B alone).
+
+    `batch_first` says how layers are laid out whose own layout is unknown, such as a Linear.
+    """
+
+    valid: Tensor
+    batch_first: bool = True
+
+    def on(self, device: torch.device) -> Mask:
+        """The same on another device."""
+        return self if self.valid.device == device else Mask(self.valid.to(device, non_blocking=True), self.batch_first)
+
+    def keep(self, shape: torch.Size, *, steps_first: bool = False) -> Tensor | None:
+        """`keep` for rows whose shape without features is `shape`; None where the mask does not fit them.
+
+        It fits rows of its own shape, with or without further dimensions behind; rows of its flattened shape
+        (that of T×B with `steps_first`); and rows that stand for whole sequences, which count where any of
+        their steps does.
+        """
+        valid = self.valid
+        if shape[: valid.dim()] == valid.shape:
+            return valid.reshape(*valid.shape, *[1] * (len(shape) - valid.dim())).expand(shape)
+        if len(shape) == 1 and shape[0] == valid.numel():
+            return (valid.transpose(0, 1) if steps_first and valid.dim() > 1 else valid).flatten()
+        if len(shape) == 1 and shape[0] == valid.shape[0]:
+            return valid.flatten(1).any(1)
+        return None
+
+
+def last_steps(rows_BTD: Tensor, keep_BT: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The last step of each sequence that counts, (B, D); sequences without any do not count."""
+    if keep_BT is None:
+        return rows_BTD[:, -1], None
+    steps = keep_BT.shape[1]
+    last_B = steps - 1 - keep_BT.flip(1).to(torch.uint8).argmax(1)
+    index = last_B.view(-1, 1, 1).expand(-1, 1, rows_BTD.shape[-1])
+    return rows_BTD.gather(1, index).squeeze(1), keep_BT.any(1)
+
+
+def first_rows(rows: Tensor, keep: Tensor | None, count: int) -> tuple[Tensor, Tensor | None]:
+    """The first `count` rows, in the order of the leading dimensions."""
+    per_item = max(rows[0].numel() // rows.shape[-1], 1)
+    items = -(-count // per_item)
+    rows = rows[:items].reshape(-1, rows.shape[-1])[:count]
+    return rows, None if keep is None else keep[:items].reshape(-1)[:count]
+
+
+class Sampler:
+    """Chooses a fraction of an output's rows, each with the same probability, anew for every forward.
+
+    Of feature maps the positions are chosen, the same in all samples of a batch, so that a choice costs one
+    gather. Without replacement; a fraction of n rows is ⌊fraction·n⌋ rows or one more, on average exactly the
+    fraction, so sums over chosen rows are unbiased. Draws come from generators of its own.
+    """
+
+    def __init__(self, fraction: float, seed: int) -> None:
+        self.fraction = fraction
+        self.seed = seed
+        self._random = random.Random(seed)
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def choose(self, rows: Tensor, keep: Tensor | None, *, feature_map: bool) -> tuple[Tensor, Tensor | None]:
+        """The chosen rows, (B, m, D) of a feature map, else (m, D), and their `keep`."""
+        by_position = feature_map and rows.dim() > 2
+        rows = rows.flatten(1, -2) if by_position else rows.reshape(-1, rows.shape[-1])
+        dimension = 1 if by_position else 0
+        index = self._index(rows.shape[dimension], rows.device)
+        chosen = rows.index_select(dimension, index)
+        if keep is not None:
+            keep = keep.flatten(1) if by_position else keep.reshape(-1)
+            keep = keep.index_select(dimension, index)
+        return chosen, keep
+
+    def _index(self, size: int, device: torch.device) -> Tensor:
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device)
+            generator.manual_seed(self.seed)
+        exact = self.fraction * size
+        count = int(exact) + (self._random.random() < exact - int(exact))
+        return torch.randperm(size, generator=generator, device=device)[:count].sort().values
