@@ -26,6 +26,8 @@ CONV_METHODS = ("channelwise", "mean", "max", "median", "flatten")
 TIMESERIES_METHODS = ("timestepwise", "last_timestep")
 INTERPOLATIONS = ("nearest", "nearest-exact", "area", "linear", "bilinear", "trilinear", "bicubic")
 
+_WIDE_ELEMENTS = 1 << 22
+"""Values that are converted to float64 at a time."""
 _LINEAR_BY_DIMENSIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
@@ -183,6 +185,11 @@ class OutputAdapter:
         self._features = features
         self.dimensions = dimensions
 
+    @property
+    def custom(self) -> bool:
+        """Whether a function of the user's makes the rows."""
+        return self._rows is not None
+
     def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """What was said, or None: the first forward tells."""
         given = self._features
@@ -209,11 +216,19 @@ def feature_map_rows(x: Tensor, options: RowOptions) -> Tensor:
         return x.movedim(1, -1)
     x_BCP = x.flatten(2)
     if method == "mean":
-        # In float64: at a mean far above the spread, a float32 mean is wrong by more than the spread allows.
-        return x_BCP.mean(-1, dtype=torch.float64)
+        return _wide_mean(x_BCP)
     if method == "max":
         return x_BCP.amax(-1)
     return x_BCP.median(-1).values if method == "median" else x.flatten(1)
+
+
+def _wide_mean(x_BCP: Tensor) -> Tensor:
+    """Means over positions, in float64: at a mean far above the spread a float32 mean is wrong by too much of it."""
+    if torch.compiler.is_compiling() or x_BCP.numel() <= _WIDE_ELEMENTS:
+        return x_BCP.mean(-1, dtype=torch.float64)
+    # torch converts what it is given before it sums: some samples at a time, or the copy is twice the output.
+    samples = max(1, _WIDE_ELEMENTS // x_BCP[0].numel())
+    return torch.cat([part.mean(-1, dtype=torch.float64) for part in x_BCP.split(samples)])
 
 
 def _interpolate(x: Tensor, strategy: str, size: int) -> Tensor:
@@ -236,7 +251,7 @@ class Unrecordable(Exception):
 
 def first_tensor(output: Any) -> Tensor:
     """The first floating-point tensor in an output. Raises Unrecordable where there is none."""
-    found = _search(output)
+    found = search_tensor(output)
     if found is None:
         raise Unrecordable(
             f"its output, a {type(output).__name__}, holds no floating-point tensor; leave it out, or say with "
@@ -245,7 +260,8 @@ def first_tensor(output: Any) -> Tensor:
     return found
 
 
-def _search(output: Any) -> Tensor | None:
+def search_tensor(output: Any) -> Tensor | None:
+    """The first floating-point tensor in an output, None where there is none."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() or output.is_quantized else None
     if isinstance(output, PackedSequence):
@@ -254,7 +270,7 @@ def _search(output: Any) -> Tensor | None:
         output = list(output.values())
     if isinstance(output, tuple | list):
         for item in output:
-            found = _search(item)
+            found = search_tensor(item)
             if found is not None:
                 return found
     return None

@@ -308,9 +308,18 @@ class Recorder:
 
     def _accumulator(self, key: tuple[int, int], rows: Tensor) -> Accumulator:
         accumulator = self._accumulators.get(key)
+        width = self.width(key[0])
+        if width not in (None, rows.shape[-1]) and any(
+            hasattr(weight, "placements") for weight in self.layers[key[0]].module.parameters(recurse=False)
+        ):
+            raise Unrecordable(
+                f"its output has a width of {rows.shape[-1]}, the layer one of {width}: with tensor parallelism each "
+                f"rank has a slice of the features; track a module whose output is whole, or give this one an output "
+                f"layout that gathers them"
+            )
         if accumulator is None:
             device = self.options.device or rows.device
-            width = self.width(key[0]) or self._admit(key[0], rows.shape[-1])
+            width = width or self._admit(key[0], rows.shape[-1])
             workspace = self._workspaces.get(device)
             if workspace is None:
                 workspace = self._workspaces[device] = Workspace(device)

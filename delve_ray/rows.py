@@ -12,8 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from delve_ray.layers import LayerAdapter, RowOptions, Unrecordable, has_padding
+from delve_ray.layers import (
+    FeatureMapAdapter,
+    LayerAdapter,
+    OutputAdapter,
+    RowOptions,
+    Unrecordable,
+    has_padding,
+    search_tensor,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,33 +37,47 @@ class Reader:
 
         Also traced by torch.compile, so it only reshapes. Raises Unrecordable.
         """
-        rows: Tensor | None = self.adapter.rows(module, output, self.options)
-        if type(rows) is not Tensor and hasattr(rows, "placements"):
-            rows = _local(rows)
-        if rows is None:
-            return None
+        if type(output) is not Tensor:
+            first = search_tensor(output)
+            if hasattr(first, "placements"):
+                if not self._is_ours(module, first):
+                    return None
+                output = tree_map_only(type(first), lambda tensor: tensor.to_local(), output)
+        rows = self.adapter.rows(module, output, self.options)
         return (rows.dequantize() if rows.is_quantized else rows).detach(), has_padding(output)
 
+    def _is_ours(self, module: nn.Module, tensor: Any) -> bool:
+        """Whether this rank records its share of a DTensor, or another one that has the same.
 
-def _local(tensor: Any) -> Tensor | None:
-    """This rank's share of a DTensor's rows; None where another rank has the same ones."""
-    first = True
-    for dimension, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            raise Unrecordable(
-                f"its output is a DTensor of placements {tensor.placements}, a sum that is not taken yet; track the "
-                f"module that takes it, or give this one another output layout"
-            )
-        if placement.is_shard():
-            if placement.dim % tensor.dim() == tensor.dim() - 1:
+        Never communicates. Raises Unrecordable where the share holds no whole rows.
+        """
+        whole = self._undivided(module, tensor.dim())
+        ours = True
+        for dimension, placement in enumerate(tensor.placements):
+            if placement.is_partial() or (placement.is_shard() and placement.dim % tensor.dim() in whole):
+                what = "a sum that is not taken yet" if placement.is_partial() else "its rows are spread over ranks"
                 raise Unrecordable(
-                    f"its output is a DTensor of placements {tensor.placements}: its features are spread over ranks, "
-                    f"and a covariance needs them together; track a module whose output is whole"
+                    f"its output is a DTensor of placements {tensor.placements}: {what}; make the tracker after the "
+                    f"model is parallelized, track a module whose output is whole, or give this one another layout"
                 )
-        elif tensor.device_mesh.get_local_rank(dimension) != 0:
-            first = False
-    local: Tensor = tensor.to_local()
-    return local if first else None
+            if placement.is_replicate() and tensor.device_mesh.get_local_rank(dimension) != 0:
+                ours = False
+        return ours
+
+    def _undivided(self, module: nn.Module, dimensions: int) -> set[int]:
+        """The dimensions of an output that a row, as the options make it, is made of."""
+        adapter, options = self.adapter, self.options
+        if isinstance(adapter, OutputAdapter) and adapter.custom:
+            return set(range(1, dimensions))  # nobody knows; samples at least are whole
+        if isinstance(adapter, FeatureMapAdapter) or (
+            isinstance(adapter, OutputAdapter) and adapter.dimensions == dimensions - 2 > 0
+        ):
+            channels = 0 if adapter.dimensions == dimensions - 1 else 1
+            combined = options.conv_method != "channelwise" or options.interpolation_strategy is not None
+            return set(range(channels, dimensions if combined else channels + 1))
+        if adapter.sequence and dimensions == 3 and options.timeseries_method == "last_timestep":
+            return {2, 1 if getattr(module, "batch_first", True) else 0}
+        return {dimensions - 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +145,17 @@ class Sampler:
 
     def choose(self, rows: Tensor, keep: Tensor | None, *, feature_map: bool) -> tuple[Tensor, Tensor | None]:
         """The chosen rows, (B, m, D) of a feature map, else (m, D), and their `keep`."""
-        by_position = feature_map and rows.dim() > 2
-        rows = rows.flatten(1, -2) if by_position else rows.reshape(-1, rows.shape[-1])
-        dimension = 1 if by_position else 0
-        index = self._index(rows.shape[dimension], rows.device)
-        chosen = rows.index_select(dimension, index)
-        if keep is not None:
-            keep = keep.flatten(1) if by_position else keep.reshape(-1)
-            keep = keep.index_select(dimension, index)
-        return chosen, keep
+        if feature_map and rows.dim() > 2:
+            rows = rows.flatten(1, -2)
+            index = self._index(rows.shape[1], rows.device)
+            if rows.stride(-1) == 1:
+                chosen = rows.index_select(1, index)
+            else:  # channels first in memory: gathered as they lie, or the whole map would be turned first
+                chosen = rows.movedim(-1, 1).index_select(2, index).movedim(1, -1)
+            return chosen, None if keep is None else keep.flatten(1).index_select(1, index)
+        rows = rows.reshape(-1, rows.shape[-1])
+        index = self._index(rows.shape[0], rows.device)
+        return rows.index_select(0, index), None if keep is None else keep.reshape(-1).index_select(0, index)
 
     def _index(self, size: int, device: torch.device) -> Tensor:
         generator = self._generators.get(device)
