@@ -182,7 +182,7 @@ class Recorder:
         if self._passed_over(index):
             return
         try:
-            with self._lock, torch.no_grad():
+            with self._lock:
                 if self._due(key):
                     found = self._readers[index].read(module, output)
                     if found is not None:
@@ -196,7 +196,7 @@ class Recorder:
         if self._passed_over(index):
             return
         try:
-            with self._lock, torch.no_grad():
+            with self._lock:
                 if self._due((index, phase)):
                     self._add((index, phase), rows, padded)
                 self._failures.pop(index, None)

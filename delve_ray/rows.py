@@ -37,14 +37,18 @@ class Reader:
 
         Also traced by torch.compile, so it only reshapes. Raises Unrecordable.
         """
-        if type(output) is not Tensor:
+        if type(output) is Tensor:
+            output = output.detach()
+        else:
             first = search_tensor(output)
             if hasattr(first, "placements"):
                 if not self._is_ours(module, first):
                     return None
                 output = tree_map_only(type(first), lambda tensor: tensor.to_local(), output)
         rows = self.adapter.rows(module, output, self.options)
-        return (rows.dequantize() if rows.is_quantized else rows).detach(), has_padding(output)
+        if rows.requires_grad:
+            rows = rows.detach()
+        return rows.dequantize() if rows.is_quantized else rows, has_padding(output)
 
     def _is_ours(self, module: nn.Module, tensor: Any) -> bool:
         """Whether this rank records its share of a DTensor, or another one that has the same.

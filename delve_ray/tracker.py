@@ -67,8 +67,7 @@ class SaturationTracker:
             takes away, it does so from the layers recorded by default. A pattern that ends in "*" means layers, not
             the containers between them. What has no adapter is read with its features last, or as feature maps
             where the layers inside or before it make some.
-        layer_filter: Function that gets {name: module} of the layers and returns it with entries removed, or with
-            other modules of the model added.
+        layer_filter: Function of {name: module} that returns it with layers removed, or modules of the model added.
         ignore_layer_names: Names of layers to leave out.
         log_interval: Record every n-th forward of each layer and phase; each window has its first.
         max_samples: Of each layer, phase and window, this worker's first so many rows are looked at, counted after
@@ -97,7 +96,7 @@ class SaturationTracker:
         store: A `CovarianceStore`, or the handle that `start_store` returned; then savefile, save_to, stats,
             sat_threshold, run and world_size may be left out and are the store's.
         run: Name of the run, the same in all ranks. Found inside Ray Train; needed with several ranks elsewhere.
-        rank, world_size: This worker's place among the data-parallel ranks.
+        rank, world_size: This worker's place among the data-parallel ranks, whose rows differ.
         publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none.
         precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 in both.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from delve_ray.layers import RowOptions
 from delve_ray.memory import fit_memory, known_widths, worker_bytes
 from delve_ray.recorder import Recorder, RecorderOptions
 from delve_ray.selection import select_layers
+from tests.benchmarks.memory import CASES, MemoryCase, peak_bytes, reset_peak, status
 
 
 def test_a_recorder_stays_within_the_bytes_that_are_stated() -> None:
@@ -64,3 +67,22 @@ def test_a_layer_of_unknown_width_is_decided_by_its_first_forward() -> None:
     layers = select_layers(nn.Sequential(nn.Conv2d(1, 4, 1)), options=RowOptions("flatten"))
     assert known_widths(layers) == []
     assert fit_memory(layers, max_features=1, max_memory=1) == layers
+
+
+# --- the peak of a hook ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak of resident memory")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.text)
+def test_a_hook_takes_at_most_one_copy_of_the_output(case: MemoryCase) -> None:
+    """And d² floats; the first one also makes scratch memory and the accumulator, which are bounded by their own."""
+    peak = peak_bytes(case)
+    assert peak["later"] <= case.allowed_bytes
+    assert peak["first"] <= case.allowed_bytes + (16 << 20)
+
+
+def test_the_measurement_sees_a_copy() -> None:
+    before = reset_peak()
+    np.ones(8 << 20)  # 64 MiB
+    assert status("VmHWM") - before > 60 << 20

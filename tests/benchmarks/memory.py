@@ -115,24 +115,25 @@ def measure(case: MemoryCase) -> dict[str, int]:
         with recording(layer):  # loads and starts what torch loads and starts lazily
             layer(small.clone())
         for _ in range(3):
-            before = _reset_peak()
+            before = reset_peak()
             with recorder.masks.use(check_mask(mask) if case.mask else None):
                 layer(output)
-            peaks.append(_status("VmHWM") - before)
+            peaks.append(status("VmHWM") - before)
     return {"first": peaks[0], "later": max(peaks[1:])}
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
+    """A size in /proc/self/status, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{key}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Forget the highest resident size so far; returns the present one."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
 def memory_table() -> str:

@@ -114,11 +114,19 @@ def footnotes(rows: Sequence[Row]) -> str:
     return "\n".join(f"- {row.what}: {row.note}" for row in rows if row.note)
 
 
-def markdown(rows: Sequence[Row], about: Mapping[str, object], notes: str) -> str:
+MEMORY = """\
+How far the process's peak resident memory rises, in MiB, while one output is recorded: by the first hook, which also
+makes the accumulator and scratch memory, and by later ones. At most one copy of the output and d² floats are meant to
+be needed; what is below comes from reducing the output piece by piece.
+"""
+
+
+def markdown(rows: Sequence[Row], about: Mapping[str, object], notes: str, memory: str) -> str:
     """A whole RESULTS.md."""
     facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    peaks = f"## Memory of a hook\n\n{MEMORY}\n{memory}\n\n" if memory else ""
     return (
-        f"# Results\n\nOne run of `make bench`.\n\n{markdown_table(rows)}\n\n{footnotes(rows)}\n\n"
+        f"# Results\n\nOne run of `make bench`.\n\n{markdown_table(rows)}\n\n{footnotes(rows)}\n\n{peaks}"
         f"## What is measured\n\n{notes}\n## Machine\n\n{facts}\n"
     )
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from tests.benchmarks import report, timing
+from tests.benchmarks.memory import memory_table
 from tests.benchmarks.models import WORKLOADS, Workload
 from tests.benchmarks.publishing import measure_publishing
 from tests.benchmarks.recording import CASES, RecordingCase, measure_recording
@@ -119,6 +120,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="the same in steps; a sample has 32 of the MLP, 8 of the ResNet")
     parser.add_argument("--samples", type=int, help="samples of each recorder row (60)")
     parser.add_argument("--windows", type=int, help="windows of each publishing row (15)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the table of a hook's peak memory")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table and every sample to this file")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} beside this file")
     options = parser.parse_args()
@@ -142,14 +144,15 @@ def main() -> None:
     for row in all_rows(options):
         rows.append(row)
         print("  ".join(row.cells()), flush=True)
+    memory = "" if options.no_memory or options.quick else memory_table()
     about["load average"] = f"{load_before:.2f} before the run, {os.getloadavg()[0]:.2f} after it"
     about["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
-    print(f"\n{report.text_table(rows)}\n\n{report.footnotes(rows)}\n\n{NOTES}")
+    print(f"\n{report.text_table(rows)}\n\n{report.footnotes(rows)}\n\n{NOTES}\n{memory}")
     print("\n".join(f"{name}: {value}" for name, value in about.items()))
     if options.json:
         options.json.write_text(report.as_json(rows, about), encoding="utf-8")
     if options.write:
-        RESULTS.write_text(report.markdown(rows, about, NOTES), encoding="utf-8")
+        RESULTS.write_text(report.markdown(rows, about, NOTES, memory), encoding="utf-8")
 
 
 if __name__ == "__main__":
