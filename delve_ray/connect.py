@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch.distributed
@@ -14,6 +14,7 @@ import torch.distributed
 from delve_ray.checks import check_integer, check_name
 from delve_ray.errors import OptionError, StoreError
 from delve_ray.integrations.ray_train import current_worker, resolve_savefile
+from delve_ray.recorder import RecorderOptions
 from delve_ray.storage import absolute, check_savefile
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Source, Store, StoreConfig
@@ -122,7 +123,7 @@ def given_store(store: Any) -> Store:
 
 
 def publication(
-    identity: Identity, settings: StoreConfig | None, *, precision: torch.dtype, publish_every: float
+    identity: Identity, settings: StoreConfig | None, options: RecorderOptions, *, publish_every: float
 ) -> StoreConfig:
     """How the run is published, before the user's own choices: like the given store, else by default."""
     config = settings or StoreConfig(run=identity.run, savefile=identity.savefile, world_size=identity.world_size)
@@ -132,5 +133,13 @@ def publication(
         savefile=identity.savefile,
         world_size=identity.world_size,
         publish_every=publish_every,
-        product_eps=float(torch.finfo(precision).eps),
+        product_eps=float(torch.finfo(options.precision).eps),
+        recording={
+            **asdict(options.rows),
+            "log_interval": options.log_interval,
+            "max_samples": options.max_samples,
+            "sample_fraction": options.sample_fraction,
+            "seed": options.seed,
+            "precision": str(options.precision).removeprefix("torch."),
+        },
     )

@@ -190,7 +190,7 @@ class SaturationTracker:
         given = None if store is None else given_store(store)
         settings = given.settings() if given is not None else None
         identity = identify(savefile, run, rank, world_size, settings)
-        config = publication(identity, settings, precision=options.precision, publish_every=live)
+        config = publication(identity, settings, options, publish_every=live)
         if check_flag("nosave", nosave):
             config = replace(config, save_to=())
         elif save_to is not None or settings is None:

@@ -684,3 +684,113 @@ def test_a_transformer_encoder_in_eval_is_unchanged_and_padding_does_not_count(s
             tracker.add_saturations()
     assert all(map(torch.equal, plain, tracked))
     assert {row["samples"] for row in read_spectra(savefile).to_pylist()} == {28 + 25}
+
+
+def test_non_finite_rows_are_said_once_per_layer_and_window(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    x = torch.randn(10, 4)
+    x[3] = float("nan")
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        for step in range(2):
+            for _ in range(3):
+                model(x)
+                tracker.flush()
+            tracker.add_saturations(step=step)
+    said = [record.message for record in caplog.records if "not finite" in record.message]
+    assert sorted(said) == sorted(
+        f"layer {layer}, train, step {step}: 1 of 10 rows are not finite and were left out"
+        for layer in (0, 1)
+        for step in (0, 1)
+    )
+    rows = read_spectra(savefile).to_pylist()
+    assert [(row["samples"], row["nonfinite_rows"]) for row in rows] == [(27, 3)] * 4
+
+
+def test_every_option_of_rows_reaches_the_files(savefile: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(1), nn.Linear(4 * 64, 3))
+    x = torch.randn(50, 1, 10, 10)
+    options: dict[str, Any] = {
+        "conv_method": "max",
+        "interpolation_strategy": "area",
+        "interpolation_downsampling": 4,
+        "max_samples": 30,
+        "layers": ["*", "!1"],
+        "sat_threshold": [0.9, 0.99],
+        "stats": ["lsat", "correlation", "rankme", "cov"],
+    }
+    with SaturationTracker(savefile, "parquet", model, **options) as tracker:
+        model(x)
+        tracker.add_saturations()
+        metrics = tracker.metrics(wait=True)
+    conv, linear = read_spectra(savefile).to_pylist()
+    assert [(row["layer"], row["samples"], row["features"]) for row in (conv, linear)] == [("0", 30, 4), ("2", 30, 3)]
+    rows = torch.nn.functional.interpolate(model[0](x), 4, mode="area").amax((2, 3))[:30].detach().double()
+    centred = rows - rows.mean(0)
+    expected = torch.linalg.eigvalsh(centred.T @ centred / 30).flip(0)
+    np.testing.assert_allclose(conv["eigenvalues"], expected, rtol=1e-5)
+    correlation = torch.linalg.eigvalsh(torch.corrcoef(rows.T)).flip(0)
+    k = 1 + int((correlation.cumsum(0) / 4 < 0.9).sum())
+    assert conv["correlation_intrinsic_dimensionality"] == k
+    assert metrics["correlation_saturation/train/0"] == k / 4
+    singular = torch.linalg.svdvals(rows)
+    shares = singular / singular.sum() + 1e-7
+    assert conv["rankme"] == pytest.approx(float(torch.exp(-(shares * shares.log()).sum())), rel=1e-4)
+    assert conv["thresholds"] == [0.9, 0.99]
+    assert len(conv["intrinsic_dimensionalities"]) == 2
+    assert (linear["samples_per_feature"], linear["undersampled"]) == (10.0, False)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_statically_quantized_model(savefile: str) -> None:
+    """Its convolution and its linear layer put out quantized tensors; what counts is their values."""
+    torch.manual_seed(0)
+    quantization = torch.ao.quantization
+    model = nn.Sequential(
+        quantization.QuantStub(),
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(1),
+        nn.Linear(4 * 36, 5),
+        quantization.DeQuantStub(),
+    ).eval()
+    model.qconfig = quantization.get_default_qconfig(torch.backends.quantized.engine)
+    x = torch.randn(40, 1, 8, 8)
+    prepared = quantization.prepare(model)
+    prepared(x)
+    quantized = quantization.convert(prepared)
+    with torch.no_grad():
+        expected = quantized(x)
+        with SaturationTracker(savefile, "parquet", quantized, stats=["cov"]) as tracker:
+            assert tracker.layers == ("1", "4")
+            assert torch.equal(quantized(x), expected)
+    rows = {row["layer"]: row for row in read_spectra(savefile).to_pylist()}
+    assert (rows["1"]["samples"], rows["1"]["features"], rows["1"]["layer_type"]) == (40 * 36, 4, "Conv2d")
+    centred = (expected - expected.mean(0)).double()
+    np.testing.assert_allclose(
+        rows["4"]["eigenvalues"], torch.linalg.eigvalsh(centred.T @ centred / 40).flip(0), rtol=1e-5, atol=1e-7
+    )
+
+
+def test_ranks_that_make_rows_differently_are_refused(savefile: str) -> None:
+    config = StoreConfig("r", savefile, world_size=2, stats=("saturation",), publish_every=0.0)
+    store = CovarianceStore(config)
+    first = SaturationTracker(modules=cnn(), store=store, rank=0, conv_method="mean", publish_every=0.0)
+    with pytest.raises(
+        RegistrationError, match=r"rank 1 records with conv_method='max', sample_fraction=0.5, but run 'r' with "
+    ):
+        SaturationTracker(modules=cnn(), store=store, rank=1, conv_method="max", sample_fraction=0.5, publish_every=0.0)
+    SaturationTracker(modules=cnn(), store=store, rank=1, conv_method="mean", publish_every=0.0).close()
+    first.close()
+    described = json.loads((Path(savefile) / "run.json").read_text())
+    assert described["options"]["recording"] == {
+        "conv_method": "mean",
+        "timeseries_method": "timestepwise",
+        "interpolation_strategy": None,
+        "interpolation_downsampling": 32,
+        "log_interval": 1,
+        "max_samples": None,
+        "sample_fraction": 1.0,
+        "seed": 0,
+        "precision": "float32",
+    }

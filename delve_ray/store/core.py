@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from delve_ray import spectrum
@@ -22,8 +22,8 @@ from delve_ray.errors import DeltaRefused, OptionError, RegistrationError, Store
 from delve_ray.moments import F64, unpack_triangle
 from delve_ray.schema import PHASES
 from delve_ray.storage import Storage
-from delve_ray.store.description import describe_run, layer_difference
-from delve_ray.store.protocol import SAME_FOR_ALL, Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.description import config_difference, describe_run, layer_difference
+from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.publisher import Latest, Publisher
 from delve_ray.store.window import Job, Window, check_delta, check_widths
 from delve_ray.writers import make_writers
@@ -91,6 +91,7 @@ class CovarianceStore:
         with self._lock:
             self._check_member(source, config, layers)
             if self._publisher is None:
+                self.config = replace(self.config, recording=self.config.recording or config.recording)
                 self._open(layers)
             if self._token != source.token:
                 self._begin_attempt(source.token)
@@ -101,13 +102,8 @@ class CovarianceStore:
         run = self.config.run
         if self._ending:
             raise RegistrationError(f"run {run!r} has ended; choose another run name to start a new one")
-        for name in SAME_FOR_ALL:
-            mine, theirs = getattr(self.config, name), getattr(config, name)
-            if mine != theirs:
-                raise RegistrationError(
-                    f"rank {source.rank} brings {name}={theirs!r}, but run {run!r} has {name}={mine!r}; "
-                    f"give every worker of a run the same options, or another run name"
-                )
+        if difference := config_difference(self.config, config, source.rank):
+            raise RegistrationError(difference)
         if not 0 <= source.rank < self.config.world_size:
             raise RegistrationError(f"rank={source.rank} is not in 0 … {self.config.world_size - 1} of run {run!r}")
         if self._layers and list(layers) != self._layers:

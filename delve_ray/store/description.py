@@ -15,7 +15,7 @@ import numpy as np
 
 from delve_ray.schema import SCHEMA_VERSION
 from delve_ray.storage import Storage
-from delve_ray.store.protocol import LayerInfo, StoreConfig
+from delve_ray.store.protocol import SAME_FOR_ALL, LayerInfo, StoreConfig
 
 
 def describe_run(config: StoreConfig, layers: Sequence[LayerInfo]) -> bytes:
@@ -55,3 +55,22 @@ def layer_difference(known: Sequence[LayerInfo], other: Sequence[LayerInfo]) -> 
         if names
     ]
     return "; ".join(parts) or "the same layers in another order"
+
+
+def config_difference(known: StoreConfig, other: StoreConfig, rank: int) -> str | None:
+    """In words, why a worker's options do not fit the run's; None where they do."""
+    for name in SAME_FOR_ALL:
+        mine, theirs = getattr(known, name), getattr(other, name)
+        if mine != theirs:
+            return (
+                f"rank {rank} brings {name}={theirs!r}, but run {known.run!r} has {name}={mine!r}; "
+                f"give every worker of a run the same options, or another run name"
+            )
+    differing = [key for key, value in other.recording.items() if known.recording.get(key) != value]
+    if not known.recording or not differing:
+        return None
+    return (
+        f"rank {rank} records with {', '.join(f'{key}={other.recording[key]!r}' for key in differing)}, but run "
+        f"{known.run!r} with {', '.join(f'{key}={known.recording.get(key)!r}' for key in differing)}; rows that are "
+        f"made differently do not belong together: give every worker the same options, or another run name"
+    )

@@ -34,6 +34,7 @@ class StoreConfig:
         stats: canonical long names, "cov" for covariances.
         threshold: δ of the intrinsic dimensionality.
         thresholds: all δ where there are several, `threshold` first; empty where there is only that one.
+        recording: how workers make and choose rows, by option; the first worker's where it is empty.
         publish_every: seconds between live publications of an open window, 0 for none.
         product_eps: machine epsilon of the products, below which eigenvalues are rounding.
         silent_after: seconds without any sign of life from any source after which the run is ended, 0 for never.
@@ -49,6 +50,7 @@ class StoreConfig:
     stats: tuple[str, ...] = ()
     threshold: float = 0.99
     thresholds: tuple[float, ...] = ()
+    recording: Mapping[str, Any] = field(default_factory=dict)
     publish_every: float = 30.0
     product_eps: float = float(np.finfo(np.float32).eps)
     silent_after: float = 300.0
