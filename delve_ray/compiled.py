@@ -1,53 +1,105 @@
-"""Recording from inside compiled code: an operator that torch.compile keeps as it is, without a graph break.
+"""Recording from inside compiled code: operators that torch.compile keeps as they are, without a graph break.
 
-A hook that torch.compile traces puts the operator `delve_ray::record` into the graph. It returns nothing and is
-marked as having an effect, so that it is neither dropped, nor reordered against its like, nor recomputed.
+A hook that torch.compile traces puts an operator into the graph. It returns nothing and is marked as having an
+effect, so that it is neither dropped, nor reordered against its like, nor recomputed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-NAME = "delve_ray::record"
+_LIBRARIES: list[Any] = []
+"""Keeps the library alive: its registrations end with it."""
+
+SIGNATURES = {
+    # Rows (…, D), the hook's key, `module.training`, and whether a mask can concern the rows.
+    "record": "(Tensor rows, Tensor key, bool training, bool padded) -> ()",
+    # The mask of the forward that begins, and whether it is known; the masks' key.
+    "begin_mask": "(Tensor? mask, bool known, Tensor key) -> ()",
+    "end_mask": "(Tensor key) -> ()",
+}
+"""Operators `delve_ray::<name>`. Keys are tensors, so that one compiled graph serves all layers of a kind."""
 
 
-@cache
-def define_operator(record: Callable[[Tensor, Tensor, bool, bool], None]) -> bool:
-    """Define the operator once in the process; False where this torch cannot mark an operator's effect.
+def define_operators(
+    actions: Mapping[str, Callable[..., None]], *, called_while_tracing: Sequence[Callable[..., bool]] = ()
+) -> bool:
+    """Define the operators, once in the process; False where this torch cannot mark an operator's effect.
 
-    `record` gets the rows (…, D), the hook's key (two integers), `module.training`, and whether a mask can
-    concern the rows. The key is a tensor, so that one compiled graph serves all layers of a kind.
+    `actions` are what they do when compiled code runs, by their names in `SIGNATURES`. Functions that are
+    `called_while_tracing` are called by torch.compile, which takes their results for good.
     """
+    if _LIBRARIES:
+        return True
     try:
         from torch._higher_order_ops import effects
     except ImportError:
         return False
     library: Any = torch.library.Library("delve_ray", "DEF")
-    # What a CUDA graph replays would not reach us: the operator stays outside of it.
+    # What a CUDA graph replays would not reach us: the operators stay outside of it.
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
-    signature = "record(Tensor rows, Tensor key, bool training, bool padded) -> ()"
-    library.define(signature, tags=() if tag is None else (tag,))
-    library.impl("record", record, "CompositeExplicitAutograd")
-    torch.library.register_fake(NAME, lambda rows, key, training, padded: None, lib=library)
-    torch.library.register_vmap(NAME, lambda info, dims, rows, key, training, padded: (None, None), lib=library)
-    effects._register_effectful_op(torch.ops.delve_ray.record.default, effects._EffectType.ORDERED)
+    for name, signature in SIGNATURES.items():
+        library.define(name + signature, tags=() if tag is None else (tag,))
+        library.impl(name, actions[name], "CompositeExplicitAutograd")
+        torch.library.register_fake(f"delve_ray::{name}", _nothing, lib=library)
+        torch.library.register_vmap(f"delve_ray::{name}", _nothing_mapped, lib=library)
+        effects._register_effectful_op(getattr(torch.ops.delve_ray, name).default, effects._EffectType.ORDERED)
+    for function in called_while_tracing:
+        torch._dynamo.assume_constant_result(function)
     _LIBRARIES.append(library)
     return True
 
 
-_LIBRARIES: list[Any] = []
-"""Keeps the library alive: its registrations end with it."""
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _nothing_mapped(info: Any, dims: Any, *_: Any) -> tuple[None, None]:
+    return None, None
 
 
 def exporting() -> bool:
     """Whether torch.export is tracing; what it exports must run without delve_ray."""
     known = getattr(torch.compiler, "is_exporting", None)
     return bool(known()) if known is not None else not torch.compiler.is_dynamo_compiling()
+
+
+def in_subgraph() -> bool:
+    """Whether torch.compile traces a body that takes no effects: of cond, while_loop, a nested region and their like.
+
+    The bodies of checkpoints and of autograd functions do. Called while tracing.
+    """
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+        while tracer is not None and tracer.parent is not None:
+            name = str(tracer.description or tracer.source_target)
+            if "checkpoint" not in name and "autograd" not in name:
+                return True
+            tracer = tracer.parent
+    except (ImportError, AttributeError) as error:  # another version of torch's inside
+        log.debug("cannot tell where torch.compile traces: %r", error)
+    return False
+
+
+def tracing() -> bool:
+    """Whether what runs is an example, for torch.jit.trace, torch.fx or a compiler, and no observation."""
+    symbolic = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing)
+    return bool(
+        torch._C._is_tracing()
+        or torch.compiler.is_compiling()
+        or symbolic()
+        or (modes_are_on() and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None)
+    )
+
+
+def modes_are_on() -> bool:
+    """Whether somebody watches torch's operations, as a counter of FLOPs does; ours are not for them."""
+    return torch._C._len_torch_dispatch_stack() > 0

@@ -10,7 +10,7 @@ observations. Where it can, that is a view: layout and precision are the accumul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -75,7 +75,7 @@ class TokenAdapter:
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
         """The output itself; of a nested one the values, which have no padding."""
-        return _tokens(output, options)
+        return _tokens(first_tensor(output), options)
 
 
 class FeatureMapAdapter:
@@ -250,22 +250,24 @@ class Unrecordable(Exception):
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The first floating-point tensor in an output. Raises Unrecordable where there is none."""
+    """The first floating-point tensor of at least one dimension in an output. Raises TypeError without one."""
     found = search_tensor(output)
     if found is None:
-        raise Unrecordable(
-            f"its output, a {type(output).__name__}, holds no floating-point tensor; leave it out, or say with "
+        raise TypeError(
+            f"a {type(output).__name__} without a floating-point tensor; leave the layer out, or say with "
             f"delve_ray.register_adapter what its rows are"
         )
     return found
 
 
 def search_tensor(output: Any) -> Tensor | None:
-    """The first floating-point tensor in an output, None where there is none."""
+    """The tensor that `first_tensor` finds, None where there is none; a loss, without dimensions, is passed over."""
     if isinstance(output, Tensor):
-        return output if output.is_floating_point() or output.is_quantized else None
+        return output if output.dim() and (output.is_floating_point() or output.is_quantized) else None
     if isinstance(output, PackedSequence):
         return output.data
+    if is_dataclass(output):
+        output = vars(output)
     if isinstance(output, Mapping):
         output = list(output.values())
     if isinstance(output, tuple | list):
@@ -354,7 +356,7 @@ def adapter_for(module: nn.Module, *, on_request: bool = False) -> LayerAdapter 
 
 def is_convolution(module: nn.Module) -> bool:
     """Whether the module is one of those that `include_conv` is about."""
-    return isinstance(module, _ConvNd) or type(module).__module__.endswith("quantized.modules.conv")
+    return any(cls is _ConvNd or cls.__module__.endswith("quantized.modules.conv") for cls in type(module).__mro__)
 
 
 def register_adapter(

@@ -9,26 +9,27 @@ the training.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import sys
 import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
+from delve_ray import hooks
 from delve_ray.accumulator import Accumulator
-from delve_ray.compiled import define_operator, exporting
+from delve_ray.compiled import modes_are_on, tracing
 from delve_ray.layers import RowOptions, Unrecordable
 from delve_ray.masks import UNKNOWN, Masks
 from delve_ray.memory import known_widths, too_wide, worker_bytes
-from delve_ray.rows import Reader, Sampler, first_rows, last_steps
+from delve_ray.rows import Reader, Sampler, first_rows, is_sequence, last_steps
+from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
 from delve_ray.workspace import Workspace
 
@@ -42,69 +43,6 @@ Harvest = dict[tuple[int, int], Accumulator]
 
 _FAILURES = 10
 """Forwards of a layer in a row whose output could not be reduced, after which the layer is given up."""
-
-_RECORDERS: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
-_TOKENS = itertools.count()
-
-
-class _Hook:
-    """The hook of one layer. It holds nothing of the tracker, so that what a module references can always be copied.
-
-    A copied model (deepcopy, EMA, torch.save of a whole model) is not recorded: a copy of a hook is a
-    callable of the standard library that accepts anything and returns None, which also lets a pickled model
-    load where delve_ray is not installed.
-    """
-
-    __slots__ = ("key", "layer", "operator", "reader", "token")
-
-    def __init__(self, token: int, layer: int, reader: Reader, operator: bool) -> None:
-        self.token = token
-        self.layer = layer
-        self.reader = reader
-        self.operator = operator
-        with torch.inference_mode(False):
-            self.key = torch.tensor([token, layer], device="cpu")
-
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.operator and torch.compiler.is_compiling():
-            self._trace(module, output)
-            return
-        recorder = _RECORDERS.get(self.token)
-        if recorder is not None and recorder.recording:
-            recorder.record(self.layer, module, output)
-
-    def _trace(self, module: nn.Module, output: Any) -> None:
-        """Put the operator into the graph; torch.compile runs this, with tensors that have no values."""
-        if exporting():
-            return
-        found, failed = None, False
-        try:
-            found = self.reader.read(module, output)
-        except Exception:
-            failed = True
-        if found is not None:
-            torch.ops.delve_ray.record(found[0], self.key, module.training, found[1])
-        elif failed:
-            _record_outside(self.key, module, output)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def _record_outside(key: Tensor, module: nn.Module, output: Any) -> None:
-    """Record an output that torch.compile could not read, after a graph break, where there are words for why."""
-    token, layer = key.tolist()
-    recorder = _RECORDERS.get(token)
-    if recorder is not None and recorder.recording:
-        recorder.record(layer, module, output)
-
-
-def _record_compiled(rows: Tensor, key: Tensor, training: bool, padded: bool) -> None:
-    """What the operator in compiled code does when the code runs."""
-    token, layer = key.tolist()
-    recorder = _RECORDERS.get(token)
-    if recorder is not None and recorder.recording:
-        recorder.record_rows(layer, TRAIN if training else EVAL, rows, padded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,18 +84,16 @@ class Recorder:
         self._workspaces: dict[torch.device, Workspace] = {}
         self._forwards: dict[tuple[int, int], int] = {}
         self._offered: dict[tuple[int, int], int] = {}
-        self._failures: dict[int, int] = {}
+        self._failures: dict[tuple[int, int], int] = {}
         self._warned: set[tuple[int, str]] = set()
         self._phases: set[int] = set()
         # Reentrant: a signal handler that closes the tracker may interrupt a hook of the same thread.
         self._lock = threading.RLock()
-        self._token = next(_TOKENS)
         self._handles: list[RemovableHandle] = []
-        _RECORDERS[self._token] = self
-        operator = define_operator(_record_compiled)
+        self._token, self.operators = hooks.register(self)
         try:
             for index, layer in enumerate(self.layers):
-                hook = _Hook(self._token, index, self._readers[index], operator)
+                hook = hooks.LayerHook(self._token, index, self._readers[index], self.operators)
                 self._handles.append(layer.module.register_forward_hook(hook))
         except BaseException:
             self.close()
@@ -177,44 +113,26 @@ class Recorder:
     # --- in the forward ------------------------------------------------------------------------------------
 
     def _record(self, index: int, module: nn.Module, output: Any) -> None:
-        """Add one forward's rows; called by the hooks."""
-        key = (index, TRAIN if module.training else EVAL)
-        if self._passed_over(index):
-            return
-        try:
-            with self._lock:
-                if self._due(key):
-                    found = self._readers[index].read(module, output)
-                    if found is not None:
-                        self._add(key, *found)
-                self._failures.pop(index, None)
-        except Exception as error:  # our mistake or an output we do not know must not stop a training
-            self._fail(index, error)
+        """Add one forward's output; called by the hooks."""
+        self._observe((index, TRAIN if module.training else EVAL), lambda: self._readers[index].read(module, output))
 
     def _record_rows(self, index: int, phase: int, rows: Tensor, padded: bool) -> None:
         """Add one forward's rows; called by the operator in compiled code."""
-        if self._passed_over(index):
+        self._observe((index, phase), lambda: (rows, padded))
+
+    def _observe(self, key: tuple[int, int], read: Callable[[], tuple[Tensor, bool] | None]) -> None:
+        # A forward inside a running backward pass is activation checkpointing recomputing what was counted.
+        if torch._C._current_graph_task_id() != -1 or self._failures.get(key, 0) >= _FAILURES or tracing():
             return
         try:
-            with self._lock:
-                if self._due((index, phase)):
-                    self._add((index, phase), rows, padded)
-                self._failures.pop(index, None)
-        except Exception as error:
-            self._fail(index, error)
-
-    def _passed_over(self, index: int) -> bool:
-        """Whether this forward is no observation.
-
-        A forward inside a running backward pass is activation checkpointing recomputing what was counted; one
-        inside jit.trace or export sees an example.
-        """
-        return (
-            torch._C._current_graph_task_id() != -1
-            or self._failures.get(index, 0) >= _FAILURES
-            or torch._C._is_tracing()
-            or torch.compiler.is_compiling()
-        )
+            with self._lock, _disable_current_modes() if modes_are_on() else contextlib.nullcontext():
+                if self._due(key):
+                    found = read()
+                    if found is not None:
+                        self._add(key, *found)
+                self._failures.pop(key, None)
+        except Exception as error:  # our mistake or an output we do not know must not stop a training
+            self._fail(key, error)
 
     def _due(self, key: tuple[int, int]) -> bool:
         """Count a forward, and say whether `log_interval` and `max_samples` let it be recorded."""
@@ -227,23 +145,28 @@ class Recorder:
         """Leave out what does not count, and add the rest."""
         if not self._has_values(key[0], rows):
             return
-        layer = self.layers[key[0]]
+        adapter = self.layers[key[0]].adapter
         keep = None
         mask = self.masks.current() if padded else None
-        if mask is UNKNOWN:
+        if mask is UNKNOWN or rows.numel() == 0:
             return
+        if rows.dim() == 1:
+            rows = rows.unsqueeze(0)
         if mask is not None:
-            steps_first = not (layer.adapter.batch_first or mask.batch_first)
+            steps_first = not (adapter.batch_first or mask.batch_first)
             if steps_first and rows.dim() > 2:
                 rows = rows.transpose(0, 1)
             keep = mask.on(rows.device).keep(rows.shape[:-1], steps_first=steps_first)
             if keep is None:
                 self._warn_unfit(key[0], mask.valid.shape, rows.shape)
-        if layer.adapter.sequence and rows.dim() == 3 and self.options.rows.timeseries_method == "last_timestep":
+        sequence = is_sequence(adapter, rows)
+        if sequence and rows.dim() == 3 and self.options.rows.timeseries_method == "last_timestep":
             rows, keep = last_steps(rows, keep)
         if self._sampler is not None:
-            rows, keep = self._sampler.choose(rows, keep, feature_map=not layer.adapter.sequence)
+            rows, keep = self._sampler.choose(rows, keep, feature_map=not sequence)
         limit = self.options.max_samples
+        if rows.numel() == 0:
+            return
         if limit is not None:
             offered = self._offered.get(key, 0)
             rows, keep = first_rows(rows, keep, limit - offered)
@@ -256,14 +179,15 @@ class Recorder:
         if rows.device.type == "meta" or isinstance(rows, FakeTensor):
             return False
         if torch._C._functorch.is_functorch_wrapped_tensor(rows):
-            self._say_once("torch.func transforms (vmap, grad, jvp) are not recorded: their tensors have no rows")
+            self.say_once("torch.func transforms (vmap, grad, jvp) are not recorded: their tensors have no rows")
             return False
         if rows.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._say_once("a forward that is captured into a CUDA graph is not recorded, nor are its replays")
+            self.say_once("a forward that is captured into a CUDA graph is not recorded, nor are its replays")
             return False
         return True
 
-    def _say_once(self, what: str) -> None:
+    def say_once(self, what: str) -> None:
+        """Say something that holds for the whole run."""
         if (-1, what) not in self._warned:
             self._warned.add((-1, what))
             log.warning("%s", what)
@@ -278,14 +202,19 @@ class Recorder:
                 tuple(rows),
             )
 
-    def _fail(self, index: int, error: Exception) -> None:
+    def say_unreadable(self, index: int, why: str) -> None:
+        """Say, once, which layer cannot be recorded inside compiled code."""
+        self.say_once(f"layer {self.layers[index].name} is not recorded inside compiled code: {why}")
+
+    def _fail(self, key: tuple[int, int], error: Exception) -> None:
         """Leave out one forward of a layer, with a word for each kind of error; after several in a row, give it up."""
+        index, phase = key
         name = self.layers[index].name
         if isinstance(error, Unrecordable):
-            self._failures[index] = _FAILURES
-            log.warning("layer %s is not recorded: %s", name, error)
+            self._failures |= dict.fromkeys(((index, TRAIN), (index, EVAL)), _FAILURES)
+            self.say_once(f"layer {name} is not recorded: {error}")
             return
-        failures = self._failures[index] = self._failures.get(index, 0) + 1
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
         kind = type(error).__name__
         if failures < _FAILURES and (index, kind) in self._warned:
             return
@@ -294,10 +223,10 @@ class Recorder:
         log.warning(
             "layer %s: %s; its output cannot be reduced to rows of %s (%s: %s)",
             name,
-            "not recorded any more" if failures == _FAILURES else "a forward is left out",
+            f"not recorded any more in {PHASES[phase]}" if failures == _FAILURES else "a forward is left out",
             "features" if width is None else f"{width} features",
             kind,
-            str(error).partition("\n")[0],
+            str(error).partition("\n")[0][:200],
         )
 
     # --- accumulators --------------------------------------------------------------------------------------
@@ -371,4 +300,4 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self.masks.close()
-        _RECORDERS.pop(self._token, None)
+        hooks.forget(self._token)

@@ -39,6 +39,8 @@ class Reader:
         """
         if type(output) is Tensor:
             output = output.detach()
+            if output.is_quantized:
+                output = output.dequantize()
         else:
             first = search_tensor(output)
             if hasattr(first, "placements"):
@@ -48,7 +50,7 @@ class Reader:
         rows = self.adapter.rows(module, output, self.options)
         if rows.requires_grad:
             rows = rows.detach()
-        return rows.dequantize() if rows.is_quantized else rows, has_padding(output)
+        return rows, has_padding(output)
 
     def _is_ours(self, module: nn.Module, tensor: Any) -> bool:
         """Whether this rank records its share of a DTensor, or another one that has the same.
@@ -84,6 +86,12 @@ class Reader:
         return {dimensions - 1}
 
 
+def is_sequence(adapter: LayerAdapter, rows: Tensor) -> bool:
+    """Whether rows of three dimensions are steps of sequences, and not positions of feature maps."""
+    maps = isinstance(adapter, OutputAdapter) and adapter.dimensions and rows.dim() == adapter.dimensions + 2
+    return adapter.sequence and not maps
+
+
 @dataclass(frozen=True, slots=True)
 class Mask:
     """Which steps of which sequences count: `valid` is boolean, B×T (or with further dimensions, or B alone).
@@ -106,6 +114,8 @@ class Mask:
         their steps does.
         """
         valid = self.valid
+        if valid.dim() > 1 and valid.shape[1] in shape[2:]:
+            return None  # such as B×heads×T: which of the dimensions are the steps?
         if shape[: valid.dim()] == valid.shape:
             return valid.reshape(*valid.shape, *[1] * (len(shape) - valid.dim())).expand(shape)
         if len(shape) == 1 and shape[0] == valid.numel():

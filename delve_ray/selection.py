@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -93,11 +94,17 @@ def named_modules(modules: Modules | None) -> dict[str, nn.Module]:
             if id(module) in seen:
                 continue
             seen.add(id(module))
-            name = ".".join(part for part in (prefix, path) if part) or type(module).__name__
+            name = ".".join(part for part in (prefix, path) if part) or _root_name(module)
             if name in found:
                 raise OptionError(f"modules has two layers called {name!r}; give the models names that differ")
             found[name] = module
     return found
+
+
+def _root_name(root: nn.Module) -> str:
+    """The name of a model as a layer of itself, which has none: its class's, unless a child has that."""
+    name = type(root).__name__
+    return f"{name} (root)" if name in dict(root.named_children()) else name
 
 
 def _called_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -105,8 +112,12 @@ def _called_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     parents = dict(root.named_modules())
     for path, module in parents.items():
         parts = path.split(".") if path else []
-        projection = isinstance(parents.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+        projection = path and isinstance(parents.get(path.rpartition(".")[0]), nn.MultiheadAttention)
         if projection or _wraps(module) or not _WEIGHTS.isdisjoint(parts):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            if not isinstance(parents.get(path.rpartition(".")[0] if path else "-"), torch.jit.ScriptModule):
+                log.warning("%s is a ScriptModule, which takes no hooks; it is not recorded", path or "the model")
             continue
         kept = []
         for index, part in enumerate(parts):
@@ -119,7 +130,9 @@ def _called_modules(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _wraps(module: nn.Module | None) -> bool:
     """Whether a module only hands its inputs on to the one inside it."""
     kinds = {cls.__name__ for cls in type(module).__mro__}
-    return bool(kinds & _WRAPPERS) or (module is not None and not _WRAPPER_PARTS.isdisjoint(module._modules))
+    return bool(kinds & _WRAPPERS) or (
+        module is not None and any(name in _WRAPPER_PARTS for name, _ in module.named_children())
+    )
 
 
 def named_layers(modules: Modules | None) -> dict[str, nn.Module]:
@@ -181,11 +194,12 @@ def _match(
     given = [patterns] if isinstance(patterns, str) else patterns
     if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
         raise OptionError(f'layers={patterns!r} is not a list of patterns over names, such as ["encoder.*", "!*.norm"]')
-    chosen = dict(default) if given[0].startswith("!") else {}
+    chosen = dict(default) if given[0].startswith("!") and given[0] not in everything else {}
     for pattern in given:
-        wanted = pattern.removeprefix("!")
+        taken_away = pattern.startswith("!") and pattern not in everything  # else it is a name
+        wanted = pattern[1:] if taken_away else pattern
         fitting = [name for name, module in everything.items() if _fits(wanted, name, module)]
-        if pattern.startswith("!"):
+        if taken_away:
             if not fitting and not any(sign in wanted for sign in "*?["):
                 raise _no_such("layers", pattern, wanted, everything)
             for name in fitting:

@@ -75,7 +75,8 @@ class SaturationTracker:
         sample_fraction: Share of each output's rows (of feature maps, positions, the same for a whole batch) that
             is recorded, chosen anew for every forward, each row with this probability.
         seed: Of that choice, which draws from generators of its own.
-        mask: Function that gets what the model's forward gets and returns the batch's mask, see `mask()`.
+        mask: Function that gets what the model's forward gets and returns the batch's mask, see `mask()`. Under
+            torch.compile it is traced like the model's own code.
         stats: Statistics to publish: Delve's short names (lsat, idim, cov, det, trc, dtrc) or the long ones;
             by default every scalar one. "cov" publishes covariances as well; "correlation" and "rankme", which take
             decompositions of their own, are there on request.
@@ -177,7 +178,6 @@ class SaturationTracker:
         live = check_seconds("publish_every", publish_every)
         first_step = check_integer("initial_epoch", initial_epoch, at_least=0)
         check_mask_function(mask)
-        self._roots = [root for _, root in root_modules(modules)]
         selected = select_layers(
             modules,
             layers=layers,
@@ -204,7 +204,8 @@ class SaturationTracker:
         self._recorder = Recorder(tracked, replace(options, seed=options.seed + self._source.rank))
         try:
             if mask is not None:
-                self._recorder.masks.attach(self._roots, mask)
+                roots = [root for _, root in root_modules(modules)]
+                self._recorder.masks.attach(roots, mask, operators=self._recorder.operators)
             self._store: Store
             self._store, ours = (given, False) if given is not None else join(identity, config)
             try:
@@ -252,15 +253,15 @@ class SaturationTracker:
         self._next_step = label + 1
         self._shipper.close_window(label)
 
-    def mask(self, mask: Tensor | MaskFunction | None, *, batch_first: bool = True) -> AbstractContextManager[None]:
+    def mask(self, mask: Tensor | None, *, batch_first: bool = True) -> AbstractContextManager[None]:
         """Within `with tracker.mask(attention_mask):`, steps of sequences that are padding do not count.
 
         The mask is boolean or integer, (batch, steps), True or 1 where a step counts, as an attention mask is; a
         `key_padding_mask` of torch's attention is the opposite, `~mask`. Without `batch_first` it is (steps, batch),
         and so are the outputs of layers that do not know their own layout, such as Linear. It holds for outputs
         that begin with its shape, also flattened to rows; rows that stand for whole sequences count where any step
-        does. What it does not fit counts whole, with a word. A function is asked anew for every forward of the model,
-        with what that gets; None lifts the mask of an outer block. With DataParallel's threads it does not reach.
+        does. What it does not fit counts whole, with a word. None lifts the mask of an outer block. It does not reach
+        the threads of DataParallel. The option `mask=` takes a function of the model's inputs instead.
 
         Raises OptionError for what is no mask.
 
@@ -275,11 +276,7 @@ class SaturationTracker:
             (2, 2)
         """
         masks = self._recorder.masks
-        if mask is None:
-            return masks.use(None)
-        if callable(mask) and not isinstance(mask, Tensor):
-            return masks.asking(self._roots, mask)
-        return masks.use(check_mask(mask, batch_first=batch_first))
+        return masks.use(None if mask is None else check_mask(mask, batch_first=batch_first))
 
     def add_scalar(self, name: str, value: SupportsFloat, step: int | None = None) -> None:
         """Record a value beside the spectra, such as an accuracy; returns at once.

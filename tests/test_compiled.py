@@ -246,6 +246,62 @@ def test_rows_that_cannot_be_traced_cost_a_graph_break_and_no_rows() -> None:
         del ADAPTERS[Untraceable]
 
 
+def test_an_output_without_rows_is_said_and_costs_no_full_graph(caplog: pytest.LogCaptureFixture) -> None:
+    class Tokenizer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.argmax(-1)
+
+    model = nn.Sequential(nn.Linear(4, 3), Tokenizer())
+    with recording(model, layers=["*"]) as recorder:
+        compiled: Any = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(3):
+            assert compiled(torch.randn(5, 4)).shape == (5,)
+        assert {name: moments.n for (name, _), moments in harvested(recorder).items()} == {"0": 15}
+    (record,) = [record for record in caplog.records if record.name.startswith("delve_ray")]
+    assert record.message.startswith("layer 1 is not recorded inside compiled code: a Tensor without a floating-point")
+
+
+class Branches(nn.Module):
+    """A layer in each branch of a condition, and one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Linear(4, 4)
+        self.left = nn.Linear(4, 4)
+        self.right = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One of two layers."""
+        x = self.before(x)
+        branches = torch.cond(x.sum() > 0, lambda y: self.left(y), lambda y: self.right(y), (x,))
+        return branches  # type: ignore[no-any-return]
+
+
+@backends
+@pytest.mark.parametrize("gradients", [True, False])
+def test_layers_in_control_flow_are_left_out_with_a_word(
+    backend: str, gradients: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = Branches()
+    x = torch.randn(5, 4)
+    with torch.set_grad_enabled(gradients):
+        expected: Any = torch.compile(model, backend=backend, fullgraph=True)(x)
+        with recording(model) as recorder:
+            compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+            for _ in range(2):
+                output = compiled(x)
+            torch.testing.assert_close(output, expected)
+            if gradients:
+                output.sum().backward()
+            assert {name: moments.n for (name, _), moments in harvested(recorder).items()} == {"before": 10}
+    assert sorted(record.message for record in caplog.records if record.name.startswith("delve_ray")) == [
+        f"layer {name} is not recorded inside compiled code: it runs in a control-flow operator or a nested region, "
+        f"which take no effects"
+        for name in ("left", "right")
+    ]
+
+
 def test_compiled_function_transforms_work() -> None:
     model = build("mlp").eval()
     x = inputs("mlp", 10)
@@ -272,7 +328,7 @@ def test_an_exported_model_knows_nothing_of_the_recording(strict: bool) -> None:
 
 def test_without_the_operator_a_graph_break_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with a torch that cannot mark an operator's effect."""
-    monkeypatch.setattr("delve_ray.recorder.define_operator", lambda record: False)
+    monkeypatch.setattr("delve_ray.hooks.define_operators", lambda actions, called_while_tracing: False)
     model = mixed()
     with recording(model) as recorder:
         expected = run_phases(model, model, recorder)

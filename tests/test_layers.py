@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -417,6 +418,14 @@ class Output(NamedTuple):
     hidden: Tensor
 
 
+@dataclass
+class Result:
+    """What others return."""
+
+    loss: Tensor
+    hidden: Tensor
+
+
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -426,6 +435,8 @@ class Output(NamedTuple):
         lambda x: {"ids": torch.arange(3), "hidden": (x, x + 1)},
         lambda x: Output(torch.arange(3), x),
         lambda x: PackedSequence(x, torch.tensor([3])),
+        lambda x: (x.sum(), x),
+        lambda x: Result(x.sum(), x),
     ],
 )
 def test_the_first_floating_point_tensor_of_an_output(wrap: Any) -> None:
@@ -435,7 +446,7 @@ def test_the_first_floating_point_tensor_of_an_output(wrap: Any) -> None:
 
 @pytest.mark.parametrize("output", [None, 3, "x", (), {}, torch.arange(3), (torch.arange(3), None), object()])
 def test_an_output_without_any_is_named(output: object) -> None:
-    with pytest.raises(Unrecordable, match=rf"a {type(output).__name__}, holds no floating-point .*register_adapter"):
+    with pytest.raises(TypeError, match=rf"a {type(output).__name__} without a floating-point .*register_adapter"):
         first_tensor(output)
 
 

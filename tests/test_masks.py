@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -155,6 +156,15 @@ def test_a_packed_sequence_has_no_padding_and_needs_no_mask(caplog: pytest.LogCa
     assert not caplog.records
 
 
+def test_a_mask_whose_steps_might_be_another_dimension_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Identity()
+    with recording(model, layers=["Identity"]) as recorder, recorder.masks.use(check_mask(VALID)):
+        model(torch.randn(4, STEPS, STEPS, 3))  # B×heads×T×D with as many heads as steps
+        (moments,) = harvested(recorder).values()
+    assert moments.n == 4 * STEPS * STEPS
+    assert "does not fit" in caplog.text
+
+
 def test_a_mask_that_does_not_fit_is_said_once_and_all_rows_count(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     with recording(model) as recorder:
@@ -207,11 +217,6 @@ def test_a_function_of_the_inputs(savefile: str) -> None:
         assert counts(tracker)["gru"] == 20
         model.gru(torch.randn(4, STEPS, 8))
         assert counts(tracker) == {"gru": 20}, "nobody asks for a part of the model"
-        with tracker.mask(lambda tokens, **_: tokens != 0):
-            x = tokens()
-            x[0] = 0
-            model(x, attention_mask=VALID)
-            assert counts(tracker)["embed"] == int((x != 0).sum())
         model(tokens(), attention_mask=VALID)
         assert counts(tracker)["embed"] == 12
         with tracker.mask(VALID), tracker.mask(None):
@@ -265,22 +270,99 @@ def test_a_copied_model_asks_nobody(copier: Any, savefile: str) -> None:
         assert counts(tracker)["embed"] == 20
 
 
-def test_masks_under_a_compiler(savefile: str) -> None:
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_a_mask_around_a_compiled_model(backend: str, fullgraph: bool, savefile: str) -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
     with SaturationTracker(savefile, nosave=True, modules=model) as tracker:
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
         for seed in range(3):
+            compiled(tokens(seed))
             with tracker.mask(VALID.roll(seed, 0)):
                 compiled(tokens(seed))
-            compiled(tokens(seed))
         assert counts(tracker) == {"0": 3 * (12 + 20), "1": 3 * (12 + 20)}
-    with SaturationTracker(f"{savefile}2", nosave=True, modules=model, mask=lambda x: x > 3) as tracker:
-        compiled = torch.compile(model, backend="eager")
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_function_in_a_compiled_model(backend: str, before: bool, savefile: str) -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    if before:
+        compiled(tokens())
+    with SaturationTracker(savefile, nosave=True, modules=model, mask=lambda x: x > 3) as tracker:
+        expected = 0
         for seed in range(3):
             compiled(tokens(seed))
-        assert set(counts(tracker).values()) == {sum(int((tokens(seed) > 3).sum()) for seed in range(3))}
-    torch.compiler.reset()
+            expected += int((tokens(seed) > 3).sum())
+        model[0](tokens())  # a part of it, which nobody asks for
+        assert counts(tracker) == {"0": expected + 20, "1": expected}
+        strict = torch.export.export(model, (tokens(),), strict=True)
+        assert not [node for node in strict.graph.nodes if "delve_ray" in str(node.target)]
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_function_that_fails_in_a_compiled_model(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3))
+    for name, function in {"3": lambda x: 3, "raises": lambda x: 1 / 0}.items():
+        torch.compiler.reset()
+        with SaturationTracker(savefile + name, nosave=True, modules=model, mask=function) as tracker:
+            compiled: Any = torch.compile(model, backend="eager")
+            for seed in range(3):
+                compiled(tokens(seed))
+            assert counts(tracker) == {}
+    said = [record.message for record in caplog.records if record.name.startswith("delve_ray")]
+    assert ["the mask function failed" in message for message in said] == [True, True]
+
+
+# --- forwards that end otherwise ---------------------------------------------------------------------------------
+
+
+def test_a_forward_that_never_began_takes_no_mask_back(savefile: str) -> None:
+    model = Tagger()
+
+    def failing(*args: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = model.register_forward_pre_hook(failing)
+    with SaturationTracker(savefile, nosave=True, modules=model, mask=by_keyword) as tracker:
+        with tracker.mask(VALID):
+            with pytest.raises(ZeroDivisionError):
+                model(tokens())
+            model.embed(tokens())
+            assert counts(tracker) == {"embed": 12}, "the block's mask still holds"
+        handle.remove()
+        model.embed(tokens())
+        assert counts(tracker) == {"embed": 20}
+
+
+def test_an_interrupted_forward_leaves_its_mask_for_no_other_forward(savefile: str) -> None:
+    model = Tagger()
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with SaturationTracker(savefile, nosave=True, modules=model, mask=by_keyword) as tracker:
+        handle = model.pooler.register_forward_pre_hook(interrupted)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                model(tokens(), attention_mask=VALID)
+        handle.remove()
+        counts(tracker)
+        model(tokens())
+        assert counts(tracker)["gru"] == 20
+        model.embed(tokens())
+        assert counts(tracker)["embed"] == 20
+        assert tracker._recorder.masks._stack() == []
 
 
 # --- what is no mask ---------------------------------------------------------------------------------------------

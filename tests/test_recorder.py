@@ -18,11 +18,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.hooks import RemovableHandle
 
-from delve_ray import recorder as module
+from delve_ray import hooks
 from delve_ray.accumulator import Accumulator
 from delve_ray.layers import RowOptions, TokenAdapter
 from delve_ray.recorder import EVAL, TRAIN, Recorder, RecorderOptions
@@ -408,7 +411,7 @@ def test_after_close_nothing_is_recorded_and_what_was_can_be_harvested() -> None
         recorder.close()  # a second time does nothing
         model(inputs("mlp", 20))
         assert set(counts(harvested(recorder)).values()) == {10}
-    assert recorder._token not in module._RECORDERS
+    assert recorder._token not in hooks._RECORDERS
 
 
 def test_a_recorder_that_is_gone_leaves_hooks_that_do_nothing() -> None:
@@ -420,7 +423,7 @@ def test_a_recorder_that_is_gone_leaves_hooks_that_do_nothing() -> None:
     token = recorder._token
     del recorder
     gc.collect()
-    assert token not in module._RECORDERS
+    assert token not in hooks._RECORDERS
     assert torch.equal(model(x), expected)
 
 
@@ -647,8 +650,8 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 UNKNOWN: dict[str, Callable[[Tensor], Any]] = {
-    "tuple": lambda output: (output, output),
-    "dict": lambda output: {"output": output},
+    "empty": lambda output: (),
+    "loss": lambda output: {"loss": output.sum()},
     "nothing": lambda output: None,
     "integers": lambda output: output.long(),
     "narrow": lambda output: output[:, :3],
@@ -689,7 +692,41 @@ def test_a_layer_whose_outputs_stay_unknown_is_given_up(kind: str, caplog: pytes
         assert counts(harvested(recorder)) == {("odd", "train"): 20, ("fine", "train"): 300}
     first, last = warnings_of(caplog)
     assert first.startswith("layer odd: a forward is left out")
-    assert last.startswith("layer odd: not recorded any more")
+    assert last.startswith("layer odd: not recorded any more in train")
+
+
+def test_a_phase_whose_outputs_stay_unknown_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
+    # As an auxiliary head that gives nothing in evaluation, which a validation before the training calls first.
+    class Auxiliary(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            return super().forward(input) if self.training else None
+
+    model = Auxiliary(4, 3).eval()
+    with recording(model) as recorder:
+        for _ in range(20):
+            model(torch.randn(5, 4))
+        model.train()
+        model(torch.randn(5, 4))
+        assert counts(harvested(recorder)) == {("Auxiliary", "train"): 5}
+    first, last = warnings_of(caplog)
+    assert "a forward is left out" in first
+    assert "not recorded any more in eval" in last
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda output: (output, None),
+        lambda output: {"loss": output.sum(), "x": output},
+        lambda output: [torch.arange(3), output],
+    ],
+)
+def test_the_rows_in_a_structure_are_found(wrap: Callable[[Tensor], Any]) -> None:
+    model = Odd(wrap)
+    with recording(model) as recorder:
+        for _ in range(5):
+            model(torch.randn(10, 4))
+        assert counts(harvested(recorder)) == {("Odd", "train"): 50}
 
 
 def test_an_unknown_output_now_and_then_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
@@ -820,6 +857,52 @@ def failing_on_second() -> Callable[[nn.Module, Any], RemovableHandle]:
         return original(self, hook)
 
     return register
+
+
+# --- other watchers ------------------------------------------------------------------------------------
+
+
+def test_a_counter_of_operations_sees_those_of_the_model_alone() -> None:
+    model = build("cnn")
+    x = inputs("cnn", 4)
+
+    def operations() -> tuple[int, int]:
+        class Counter(TorchDispatchMode):
+            count = 0
+
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                self.count += 1
+                return func(*args, **(kwargs or {}))
+
+        with Counter() as counter, FlopCounterMode(display=False) as flops:
+            model(x)
+        return counter.count, flops.get_total_flops()
+
+    untracked = operations()
+    with recording(model) as recorder:
+        assert operations()[1] == untracked[1]
+        assert counts(harvested(recorder))["0", "train"] == 4 * 64
+
+
+def test_graphs_of_others_hold_nothing_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("mlp").eval()
+    x = inputs("mlp", 10)
+    untracked = [node.target for node in make_fx(model)(x).graph.nodes]
+    with recording(model, layers=["*"]) as recorder:
+        assert [node.target for node in make_fx(model)(x).graph.nodes] == untracked
+        for _ in range(12):
+            torch.fx.symbolic_trace(nn.Sequential(model, Untypical()))
+        assert recorder.harvest(end_of_window=True) == {}
+        model(x)
+        assert set(counts(harvested(recorder)).values()) == {10}
+    assert not caplog.records
+
+
+class Untypical(nn.Linear):
+    """A subclass, into which symbolic tracing goes."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
 
 
 # --- tracing ------------------------------------------------------------------------------------------

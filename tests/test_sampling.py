@@ -184,9 +184,32 @@ def test_a_module_without_rows_is_given_up_with_one_word(caplog: pytest.LogCaptu
             model(torch.randn(5, 4))
         assert {name: moments.n for (name, _), moments in harvested(recorder).items()} == {"0": 15}
     assert [record.message for record in caplog.records] == [
-        "layer 1 is not recorded: its output, a Tensor, holds no floating-point tensor; leave it out, or say with "
-        "delve_ray.register_adapter what its rows are"
+        "layer 1: a forward is left out; its output cannot be reduced to rows of features (TypeError: a Tensor without "
+        "a floating-point tensor; leave the layer out, or say with delve_ray.register_adapter what its rows are)"
     ]
+
+
+@pytest.mark.parametrize("options", [{"max_samples": 3}, {"sample_fraction": 0.5}, {}])
+@pytest.mark.parametrize("method", ["timestepwise", "last_timestep"])
+@pytest.mark.parametrize("shape", [(0, 4), (4,), (2, 0, 4), (0, 5, 4), (2, 5, 4)])
+def test_outputs_of_unusual_shapes(shape: tuple[int, ...], method: str, options: Any) -> None:
+    model = nn.Linear(4, 3)
+    with recording(model, rows=RowOptions(timeseries_method=method), **options) as recorder:
+        for _ in range(4):
+            model(torch.randn(shape))
+        found = {moments.n for moments in harvested(recorder).values()}
+    rows = int(np.prod(shape[:-1])) // (5 if shape == (2, 5, 4) and method == "last_timestep" else 1)
+    if options.get("sample_fraction"):
+        assert all(n <= 4 * rows for n in found)
+    else:
+        assert found == ({min(3, 4 * rows) if options else 4 * rows} if rows else set())
+
+
+def test_a_reader_of_maps_by_their_place_takes_no_positions_for_steps() -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU())
+    with recording(model, layers=["*"], rows=RowOptions(timeseries_method="last_timestep")) as recorder:
+        model(torch.randn(2, 2, 10))
+        assert {moments.n for moments in harvested(recorder).values()} == {20}
 
 
 def test_quantized_outputs_are_their_values() -> None:

@@ -431,3 +431,51 @@ def test_a_quantized_leaf_without_an_adapter_is_named(caplog: pytest.LogCaptureF
     (record,) = caplog.records
     assert record.levelname == "WARNING"
     assert "layer odd is a Odd of torch.ao.nn.quantized.modules.odd, for which there is no adapter" in record.message
+
+
+# --- models that are unusual -----------------------------------------------------------------------------------
+
+
+def test_a_layer_as_the_model_itself() -> None:
+    for layer in (nn.MultiheadAttention(8, 2), nn.LSTM(2, 2), nn.Linear(2, 2)):
+        assert chosen(layer) == [type(layer).__name__]
+        assert chosen([layer]) == ["0"]
+
+
+def test_a_child_named_like_its_models_class() -> None:
+    class LSTM(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.LSTM = nn.LSTM(3, 4)
+
+    assert chosen(LSTM()) == ["LSTM"]
+    assert chosen(LSTM(), layers=["LSTM*"]) == ["LSTM"]
+    assert chosen(LSTM(), layers=["LSTM (root)"]) == ["LSTM (root)"]
+
+
+def test_a_name_that_begins_with_an_exclamation_mark() -> None:
+    model = nn.ModuleDict({"!z": nn.Linear(2, 2), "z": nn.Linear(2, 2)})
+    assert chosen(model, layers=["!z"]) == ["!z"]
+    assert chosen(model, layers=["*", "!!z"]) == ["z"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_parts_are_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    inside = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model = nn.Sequential(nn.Linear(3, 4), torch.jit.script(inside), torch.jit.trace(inside, torch.randn(2, 4)))
+    for layers in (None, ["*"]):
+        assert chosen(model, layers=layers) == ["0"]
+        assert [record.message for record in caplog.records] == [
+            f"{name} is a ScriptModule, which takes no hooks; it is not recorded" for name in ("1", "2")
+        ]
+        caplog.clear()
+    assert_refused(lambda: select_layers(model, layers=["1"]), "layers has '1'", "fits no module")
+    assert_refused(lambda: select_layers(torch.jit.script(inside)), "no layer that can be tracked")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fused_quantized_convolutions_are_convolutions() -> None:
+    fused = torch.ao.nn.intrinsic.quantized.ConvReLU2d(3, 4, 1)
+    model = nn.Sequential(fused, nn.Linear(4, 2))
+    assert chosen(model) == ["0", "1"]
+    assert chosen(model, include_conv=False) == ["1"]
