@@ -48,6 +48,8 @@ _BIAS = 5e-7
 from zero, two-valued features, a constant background), so do the products, and a float32 sum rounds the same way at
 every step: 2.7e-6 at 8192 rows. The first group and now and then another are looked at; a layer that fails the test
 goes on in float64."""
+_GRID_ROWS = 128
+"""Rows from which a device learns how coarse a centre may be."""
 _LARGEST_SCALING = 100
 """Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
 
@@ -120,6 +122,8 @@ class Accumulator:
         """A group on the CPU: look at the mean, which is non-finite as soon as any value is, and at the product."""
         wide = x.dtype == torch.float64
         centre = x.mean(tuple(range(x.dim() - 1)), dtype=torch.float64 if wide else torch.float32)
+        if x.element_size() == 2:  # see _on_grid; a mean of half precision is on the values' own grid
+            centre = centre.to(x.dtype).to(torch.float32)
         offset = centre.abs().amax().item()
         n = x.numel() // self.features
         if offset < (_LARGEST if wide else _FLOAT32_MAX):
@@ -205,6 +209,7 @@ class Accumulator:
         at_least_one = n.clamp(min=1)
         # Summed in float64, so that the mean of identical rows is that row.
         centre = (rows.sum(0, dtype=torch.float64) / at_least_one).to(dtype)
+        centre = _on_grid(centre, rows[:_GRID_ROWS], good[:_GRID_ROWS])
         rows.sub_(centre).masked_fill_(~good, 0.0)
         residual = rows.sum(0).double() / at_least_one
         _, blocks = self._product(rows)
@@ -300,6 +305,20 @@ class Accumulator:
         """Bytes that an accumulator of this many features holds."""
         plan = block_plan(features)
         return 8 * (plan.size + (2 * features + 1) * (plan.groups + 1))
+
+
+def _on_grid(centre: Tensor, rows: Tensor, good: Tensor) -> Tensor:
+    """The centre, rounded to a power of two below an eighth of each feature's spread among some rows.
+
+    Values of few digits, as half precision has far from zero, then differ from it by few digits, too, and
+    float32 sums of their products are exact, where an arbitrary centre makes them round alike at every step.
+    A feature that does not vary keeps its centre, so that its variance is 0.
+    """
+    differences = (rows - centre).masked_fill_(~good, 0.0)
+    spread = (differences.square().sum(0) / good.sum().clamp(min=1)).sqrt()
+    exponent = torch.frexp(spread)[1].clamp(min=-60) - 4
+    grid = torch.ldexp(torch.ones_like(spread), exponent)
+    return torch.where(spread > 0, torch.round(centre / grid) * grid, centre)
 
 
 def _chunk_rows(features: int) -> int:

@@ -167,9 +167,32 @@ def test_many_rows_of_few_distinct_values(kind: str, checked: bool) -> None:
     else:
         rows[700, 3] = 1e6
     result, _ = accumulate([rows], 48, checked=checked)
-    # On the host such layers are recognised and taken in float64; elsewhere no value may be looked at.
-    tolerance = TOLERANCE if checked else 4 * TOLERANCE
+    # The host sees that float32 does not sum these well and goes on in float64. A device looks at no value; an
+    # outlier of a million times the spread moves the mean, and then all other products are alike.
+    tolerance = 2 * TOLERANCE if kind == "one outlier" and not checked else TOLERANCE
     assert covariance_error(result.covariance(), two_pass_covariance(rows)) < tolerance
+
+
+@both_paths
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 3.0, 30.0, 1000.0, 20000.0])
+@pytest.mark.parametrize("observations", [200, 20_000])
+def test_half_precision_far_from_zero(observations: int, offset: float, dtype: torch.dtype, checked: bool) -> None:
+    rows = (torch.randn(observations, 64, generator=torch.Generator().manual_seed(1)) + offset).to(dtype)
+    result, _ = accumulate(rows.split(7000), 64, checked=checked)
+    reference = two_pass_covariance(rows)
+    if reference.any():
+        assert covariance_error(result.covariance(), reference) < TOLERANCE
+    else:
+        assert not result.scatter.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_with_fast_products(dtype: torch.dtype) -> None:
+    rows = (torch.randn(8192, 64, generator=torch.Generator().manual_seed(1)) + 100).to(dtype)
+    total = accumulator(64)
+    total.add(rows)
+    assert total.precision == torch.float32
 
 
 def test_few_distinct_values_that_come_late() -> None:
