@@ -26,7 +26,7 @@ CONV_METHODS = ("channelwise", "mean", "max", "median", "flatten")
 TIMESERIES_METHODS = ("timestepwise", "last_timestep")
 INTERPOLATIONS = ("nearest", "nearest-exact", "area", "linear", "bilinear", "trilinear", "bicubic")
 
-_WIDE_ELEMENTS = 1 << 22
+_WIDE_ELEMENTS = 1 << 20
 """Values that are converted to float64 at a time."""
 _LINEAR_BY_DIMENSIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -226,9 +226,15 @@ def _wide_mean(x_BCP: Tensor) -> Tensor:
     """Means over positions, in float64: at a mean far above the spread a float32 mean is wrong by too much of it."""
     if torch.compiler.is_compiling() or x_BCP.numel() <= _WIDE_ELEMENTS:
         return x_BCP.mean(-1, dtype=torch.float64)
-    # torch converts what it is given before it sums: some samples at a time, or the copy is twice the output.
-    samples = max(1, _WIDE_ELEMENTS // x_BCP[0].numel())
-    return torch.cat([part.mean(-1, dtype=torch.float64) for part in x_BCP.split(samples)])
+    # torch converts before it sums: a piece at a time, in memory allocated once, or the copy is twice the output.
+    batch, channels, positions = x_BCP.shape
+    step = max(1, _WIDE_ELEMENTS // (channels * positions))
+    wide = torch.empty((step, channels, positions), dtype=torch.float64, device=x_BCP.device)
+    means = torch.empty((batch, channels), dtype=torch.float64, device=x_BCP.device)
+    for first in range(0, batch, step):
+        part = x_BCP[first : first + step].detach()
+        torch.mean(wide[: len(part)].copy_(part), -1, out=means[first : first + len(part)])
+    return means
 
 
 def _interpolate(x: Tensor, strategy: str, size: int) -> Tensor:
@@ -285,7 +291,7 @@ def has_padding(output: Any) -> bool:
 
 
 def _tokens(tensor: Tensor, options: RowOptions) -> Tensor:
-    """The tensor itself; of a nested one, whose sequences have no padding, all steps (N, D) or the last ones (B, D)."""
+    """The tensor itself; of a nested one, which has no padding, all steps (N, D) or the last ones (B, D)."""
     if not tensor.is_nested:
         return tensor
     if options.timeseries_method == "last_timestep":
@@ -301,11 +307,10 @@ def _batch_first(sequence: Tensor, module: nn.Module) -> Tensor:
 
 
 _CONVOLUTIONS: dict[type[nn.Module] | str, LayerAdapter] = {
-    kind: FeatureMapAdapter("out_channels", dimensions)
-    for dimensions, kinds in enumerate(
-        [(nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d)], start=1
+    kind: FeatureMapAdapter("out_channels", 1 + index % 3)
+    for index, kind in enumerate(
+        (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     )
-    for kind in kinds
 }
 ADAPTERS: dict[type[nn.Module] | str, LayerAdapter] = {
     nn.Linear: TokenAdapter("out_features"),
