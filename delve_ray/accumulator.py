@@ -104,6 +104,8 @@ class Accumulator:
             return
         if x.device != self.workspace.device:
             x, keep = x.to(self.workspace.device), None if keep is None else keep.to(self.workspace.device)
+        if self.workspace.used is not None:
+            torch.cuda.current_stream(self.workspace.device).wait_event(self.workspace.used)
         if keep is not None:  # its number of rows is not known here, so they stay, as rows that do not count
             x = x.reshape(-1, self.features)
             size = _chunk_rows(self.features)
@@ -113,8 +115,10 @@ class Accumulator:
             add_group = self._add_checked if self.checked else self._add_deferred
             for chunk in _chunks(x if x.dim() > 1 else x.unsqueeze(0)):
                 add_group(chunk)
-        if self._ready is not None:
-            self._ready.record(torch.cuda.current_stream(self.workspace.device))
+        if self._ready is not None and self.workspace.used is not None:
+            stream = torch.cuda.current_stream(self.workspace.device)
+            self._ready.record(stream)
+            self.workspace.used.record(stream)
 
     # --- one group ---------------------------------------------------------------------------------------
 

@@ -42,6 +42,19 @@ def define_operators(
     except ImportError:
         return False
     library: Any = torch.library.Library("delve_ray", "DEF")
+    try:
+        _define(library, effects, actions)
+    except (AttributeError, TypeError, RuntimeError) as error:  # an older torch
+        log.info("recording under torch.compile takes a graph break per layer, as this torch lacks: %s", error)
+        library._destroy()
+        return False
+    for function in called_while_tracing:
+        torch._dynamo.assume_constant_result(function)
+    _LIBRARIES.append(library)
+    return True
+
+
+def _define(library: Any, effects: Any, actions: Mapping[str, Callable[..., None]]) -> None:
     # What a CUDA graph replays would not reach us: the operators stay outside of it.
     tag = getattr(torch.Tag, "cudagraph_unsafe", None)
     for name, signature in SIGNATURES.items():
@@ -50,10 +63,6 @@ def define_operators(
         torch.library.register_fake(f"delve_ray::{name}", _nothing, lib=library)
         torch.library.register_vmap(f"delve_ray::{name}", _nothing_mapped, lib=library)
         effects._register_effectful_op(getattr(torch.ops.delve_ray, name).default, effects._EffectType.ORDERED)
-    for function in called_while_tracing:
-        torch._dynamo.assume_constant_result(function)
-    _LIBRARIES.append(library)
-    return True
 
 
 def _nothing(*_: Any) -> None:
@@ -91,7 +100,8 @@ def in_subgraph() -> bool:
 
 def tracing() -> bool:
     """Whether what runs is an example, for torch.jit.trace, torch.fx or a compiler, and no observation."""
-    symbolic = getattr(torch.fx._symbolic_trace, "is_fx_symbolic_tracing", torch.fx._symbolic_trace.is_fx_tracing)
+    fx: Any = torch.fx._symbolic_trace
+    symbolic = fx.is_fx_symbolic_tracing if hasattr(fx, "is_fx_symbolic_tracing") else fx.is_fx_tracing
     return bool(
         torch._C._is_tracing()
         or torch.compiler.is_compiling()

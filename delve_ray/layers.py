@@ -377,8 +377,8 @@ def register_adapter(
     Args:
         kind: The class, a subclass of torch.nn.Module.
         rows: Function (module, output) → floating-point tensor (…, D): features last, every other index an
-            observation. By default the first tensor of the output. Under torch.compile it is traced like the
-            model's own code.
+            observation; (B, T, D) are sequences. By default the first tensor of the output. Under torch.compile
+            it is traced like the model's own code.
         features: D, the name of the module's attribute that holds it, or a function of the module; by default
             the first forward tells.
 

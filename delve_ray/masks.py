@@ -56,12 +56,12 @@ class Masks:
     def use(self, mask: Mask | None) -> Iterator[None]:
         """Put a mask in force for a block."""
         stack = self._stack()
-        depth = len(stack)
-        stack.append((-1, mask))
+        entry = (-1, mask)
+        stack.append(entry)
         try:
             yield
-        finally:
-            del stack[depth:]
+        finally:  # with what a forward that did not end has left above it
+            del stack[next(i for i, other in enumerate(stack) if other is entry) :]
 
     def attach(self, roots: Sequence[nn.Module], function: MaskFunction, *, operators: bool) -> None:
         """Ask `function` for the mask at the start of every forward of these modules.

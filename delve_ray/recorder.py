@@ -87,8 +87,9 @@ class Recorder:
         self._failures: dict[tuple[int, int], int] = {}
         self._warned: set[tuple[int, str]] = set()
         self._phases: set[int] = set()
-        # Reentrant: a signal handler that closes the tracker may interrupt a hook of the same thread.
-        self._lock = threading.RLock()
+        # Reentrant: a signal handler that closes the tracker may interrupt a hook of the same thread. Who takes
+        # this lock and the sender's takes this one first.
+        self.lock = threading.RLock()
         self._handles: list[RemovableHandle] = []
         self._token, self.operators = hooks.register(self)
         try:
@@ -121,16 +122,16 @@ class Recorder:
         self._observe((index, phase), lambda: (rows, padded))
 
     def _observe(self, key: tuple[int, int], read: Callable[[], tuple[Tensor, bool] | None]) -> None:
-        # A forward inside a running backward pass is activation checkpointing recomputing what was counted.
-        if torch._C._current_graph_task_id() != -1 or self._failures.get(key, 0) >= _FAILURES or tracing():
-            return
         try:
-            with self._lock, _disable_current_modes() if modes_are_on() else contextlib.nullcontext():
+            # A forward inside a running backward pass is activation checkpointing recomputing what was counted.
+            if torch._C._current_graph_task_id() != -1 or self._failures.get(key, 0) >= _FAILURES or tracing():
+                return
+            with self.lock, _disable_current_modes() if modes_are_on() else contextlib.nullcontext():
                 if self._due(key):
                     found = read()
                     if found is not None:
                         self._add(key, *found)
-                self._failures.pop(key, None)
+                    self._failures.pop(key, None)
         except Exception as error:  # our mistake or an output we do not know must not stop a training
             self._fail(key, error)
 
@@ -167,11 +168,11 @@ class Recorder:
         limit = self.options.max_samples
         if rows.numel() == 0:
             return
+        offered = self._offered.get(key, 0)
         if limit is not None:
-            offered = self._offered.get(key, 0)
             rows, keep = first_rows(rows, keep, limit - offered)
-            self._offered[key] = offered + rows.shape[0]
         self._accumulator(key, rows).add(rows, keep)
+        self._offered[key] = offered + rows.numel() // rows.shape[-1]
         self._phases.add(key[1])
 
     def _has_values(self, index: int, rows: Tensor) -> bool:
@@ -202,6 +203,12 @@ class Recorder:
                 tuple(rows),
             )
 
+    def give_up(self, index: int, why: str) -> None:
+        """Record no more of a layer, and say so once."""
+        with self.lock:
+            self._failures |= dict.fromkeys(((index, TRAIN), (index, EVAL)), _FAILURES)
+        self.say_once(f"layer {self.layers[index].name} is not recorded: {why}")
+
     def say_unreadable(self, index: int, why: str) -> None:
         """Say, once, which layer cannot be recorded inside compiled code."""
         self.say_once(f"layer {self.layers[index].name} is not recorded inside compiled code: {why}")
@@ -211,8 +218,7 @@ class Recorder:
         index, phase = key
         name = self.layers[index].name
         if isinstance(error, Unrecordable):
-            self._failures |= dict.fromkeys(((index, TRAIN), (index, EVAL)), _FAILURES)
-            self.say_once(f"layer {name} is not recorded: {error}")
+            self.give_up(index, str(error))
             return
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         kind = type(error).__name__
@@ -275,7 +281,7 @@ class Recorder:
         The end of a window also restarts the counting of `log_interval` and `max_samples`, so that each window
         has the first batch of each phase.
         """
-        with self._lock:
+        with self.lock:
             harvest, self._accumulators = self._accumulators, {}
             for key in [key for key, accumulator in harvest.items() if accumulator.adding]:
                 del harvest[key]
@@ -290,7 +296,7 @@ class Recorder:
 
     def phases(self) -> frozenset[int]:
         """The phases that the open window has rows of, harvested or not."""
-        with self._lock:
+        with self.lock:
             return frozenset(self._phases)
 
     def close(self) -> None:

@@ -104,7 +104,10 @@ class Mask:
 
     def on(self, device: torch.device) -> Mask:
         """The same on another device."""
-        return self if self.valid.device == device else Mask(self.valid.to(device, non_blocking=True), self.batch_first)
+        if self.valid.device == device:
+            return self
+        # A copy to the host that nobody waits for would be read before it is there.
+        return Mask(self.valid.to(device, non_blocking=device.type != "cpu"), self.batch_first)
 
     def keep(self, shape: torch.Size, *, steps_first: bool = False) -> Tensor | None:
         """`keep` for rows whose shape without features is `shape`; None where the mask does not fit them.

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from delve_ray.store.protocol import Ack, Delta, Source, Store, moments_size
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 HEARTBEAT_S = 5.0
 """Sign of life, and refresh of the metrics that `metrics(wait=False)` answers from."""
@@ -61,6 +64,7 @@ class Shipper:
         self.windows = 0
         self.metrics: dict[str, float] = {}
         self.lost: str | None = None
+        self.leaving = False
         self._next_step = first_step
         self._seq = 0
         self._queue: deque[_Pending] = deque()
@@ -83,7 +87,7 @@ class Shipper:
 
         Without a `step` the window gets the label that another rank gives it, or else the next step.
         """
-        with self._state:
+        with self.recorder.lock, self._state:  # in this order everywhere: a hook has the first when a signal ends it
             harvest = self.recorder.harvest(end_of_window=True)
             label = self._next_step if step is None else step
             self._queue.append(_Pending(self.windows, label, True, step is not None, harvest))
@@ -93,8 +97,10 @@ class Shipper:
 
     def queue_live(self) -> None:
         """Hand over what was recorded so far without closing the window. Returns at once."""
-        with self._state:
-            self._queue_live()
+        with self.recorder.lock, self._state:
+            harvest = self.recorder.harvest(end_of_window=False)
+            if harvest:
+                self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest))
             self._state.notify_all()
 
     def add_scalar(self, scalar: Scalar) -> None:
@@ -137,9 +143,11 @@ class Shipper:
                 )
                 if self._stopping:
                     return
-                if not self._queue and time.monotonic() >= next_live:
-                    self._queue_live()
-                    next_live = time.monotonic() + self.publish_every
+                live = not self._queue and time.monotonic() >= next_live
+            if live:
+                self.queue_live()
+                next_live = time.monotonic() + self.publish_every
+            with self._state:
                 item = self._queue[0] if self._queue else None
                 scalars, self._scalars = self._scalars, []
                 self._busy = bool(item or scalars)
@@ -153,11 +161,6 @@ class Shipper:
                 self._heartbeat()
                 next_heartbeat = time.monotonic() + HEARTBEAT_S
 
-    def _queue_live(self) -> None:
-        harvest = self.recorder.harvest(end_of_window=False)
-        if harvest:
-            self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest))
-
     def _work(self, item: _Pending | None, scalars: list[Scalar]) -> None:
         if self.lost is not None:  # said once, where it was lost
             self._lost_steps |= {item.step} if item else set()
@@ -167,8 +170,14 @@ class Shipper:
             if item is not None:
                 self._lost_steps.add(item.step)
                 delta, buffer = self._pack(item)
-                self._persist(lambda: self.store.take(delta, buffer))
+                ack = self._persist(lambda: self.store.take(delta, buffer))
                 self._seq += 1
+                for layer, features in ack.refused:
+                    self.recorder.give_up(
+                        layer,
+                        f"it has {dict(delta.widths)[layer]} features here and {features} in other workers; a layer "
+                        f"has one width in all workers and batches (with conv_method='flatten', images of one size)",
+                    )
                 self._lost_steps.discard(item.step)
             if scalars:
                 self._persist(lambda: self.store.add_scalars(scalars))
@@ -238,13 +247,12 @@ class Shipper:
         if item.closes:
             self._warned.clear()
 
-    def _persist(self, call: Callable[[], object]) -> None:
+    def _persist(self, call: Callable[[], T]) -> T:
         """Repeat a call until the store answers; a refusal is final, silence is not."""
         pause, longest = RETRY_S
         while True:
             try:
-                call()
-                return
+                return call()
             except StoreError as error:
                 if self._stopping or error.final:
                     raise
@@ -264,7 +272,7 @@ class Shipper:
             if ack.published != self._fetched:
                 self.metrics = dict(self.store.progress().metrics)
                 self._fetched = ack.published
-            if ack.finished:
+            if ack.finished and not self.leaving:
                 self._lose("its store has ended the run, having heard of no worker for too long")
         except Exception as error:  # the next delta will show whether the store is there
             log.debug("heartbeat: %s", error)

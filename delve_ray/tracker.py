@@ -45,6 +45,7 @@ WAIT_TIMEOUT_S = 60.0
 """Default deadline of `metrics(wait=True)` and `flush()`."""
 CLOSE_TIMEOUT_S = 120.0
 """Default deadline of `close()`."""
+_ANY_PHASE = -1
 
 
 class SaturationTracker:
@@ -75,8 +76,8 @@ class SaturationTracker:
         sample_fraction: Share of each output's rows (of feature maps, positions, the same for a whole batch) that
             is recorded, chosen anew for every forward, each row with this probability.
         seed: Of that choice, which draws from generators of its own.
-        mask: Function that gets what the model's forward gets and returns the batch's mask, see `mask()`. Under
-            torch.compile it is traced like the model's own code.
+        mask: Function that gets what the model's forward gets (each model's, of several) and returns the batch's mask
+            or None, see `mask()`. Under torch.compile it is traced like the model's own code.
         stats: Statistics to publish: Delve's short names (lsat, idim, cov, det, trc, dtrc) or the long ones;
             by default every scalar one. "cov" publishes covariances as well; "correlation" and "rankme", which take
             decompositions of their own, are there on request.
@@ -98,10 +99,12 @@ class SaturationTracker:
             sat_threshold, run and world_size may be left out and are the store's.
         run: Name of the run, the same in all ranks. Found inside Ray Train; needed with several ranks elsewhere.
         rank, world_size: This worker's place among the data-parallel ranks, whose rows differ.
-        publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none.
+        publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none. With `store`, the
+            seconds between this worker's deliveries.
         precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 in both.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
-        max_memory: Bytes that recording may take in this worker; computed and checked here, before it starts.
+        max_memory: Bytes that recording may take in this worker while the store takes what it is sent; checked here,
+            and for layers whose width only a forward tells, there: such a layer is left out with a warning.
         writer_args, layerwise_sat, average_sat, reset_covariance, verbose, max_overhead, resume, name: Understood;
             whatever differs from today's behaviour raises NotImplementedError.
 
@@ -242,14 +245,12 @@ class SaturationTracker:
         self._check_open("add_saturations")
         label = self._next_step if step is None else check_integer("step", step)
         phases = self._recorder.phases()
-        if label < max(self._closed_steps.values(), default=label) or any(
-            self._closed_steps.get(phase) == label for phase in phases
-        ):
+        last = max(self._closed_steps.values(), default=label)
+        if label < last or any(self._closed_steps.get(phase) == label for phase in phases):
             raise OptionError(
-                f"step={label} after step {max(self._closed_steps.values())}: steps rise, so that a row is one window; "
-                f"leave step out to count windows"
+                f"step={label} after step {last}: steps rise, so that a row is one window; leave step out to count them"
             )
-        self._closed_steps |= dict.fromkeys(phases, label)
+        self._closed_steps |= dict.fromkeys((*phases, _ANY_PHASE), label)
         self._next_step = label + 1
         self._shipper.close_window(label)
 

@@ -39,6 +39,7 @@ def leave(shipper: Shipper, deadline: float, *, completed: bool, rejoinable: boo
         return max(1.0, deadline - time.monotonic())
 
     store, source = shipper.store, shipper.source
+    shipper.leaving = True  # from now on a run that has ended is no surprise
     try:
         if not completed and rejoinable:
             store.flush(left())  # the store may end with this process

@@ -83,17 +83,31 @@ def test_autocast_and_a_gradient_scaler(dtype: torch.dtype) -> None:
     assert_exact(recorded["0", "train"], torch.cat(kept).movedim(1, -1).reshape(-1, 8))
 
 
-def test_work_on_a_side_stream_is_recorded_on_it() -> None:
-    model = nn.Linear(512, 512).cuda()
-    stream = torch.cuda.Stream()
-    outputs = []
-    with recording(model) as recorder:
+def test_work_on_several_streams() -> None:
+    models = nn.ModuleList([nn.Linear(512, 512), nn.Linear(512, 512)]).cuda()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    outputs: list[list[Tensor]] = [[], []]
+    with recording(models) as recorder:
         for seed in range(20):
-            with torch.cuda.stream(stream):
-                x = torch.randn(4096, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
-                outputs.append(model(x))
+            for index, model in enumerate(models):
+                with torch.cuda.stream(streams[(index + seed) % 2]):
+                    x = torch.randn(4096, 512, device="cuda", generator=torch.Generator("cuda").manual_seed(seed))
+                    outputs[index].append(model(x))
+        recorded = harvested(recorder)
+    torch.cuda.synchronize()
+    for index in range(2):
+        assert_exact(recorded[str(index), "train"], torch.cat(outputs[index]))
+
+
+def test_a_mask_on_the_device_of_rows_on_the_host() -> None:
+    model = nn.Linear(8, 6)
+    x = torch.randn(4, 5, 8)
+    valid = torch.arange(5)[None] < torch.tensor([5, 2, 1, 4])[:, None]
+    with recording(model) as recorder, recorder.masks.use(check_mask(valid.cuda())):
+        output = model(x)
         (moments,) = harvested(recorder).values()
-    assert_exact(moments, torch.cat(outputs))
+    assert_exact(moments, output[valid])
 
 
 def test_a_captured_forward_is_not_recorded_and_said_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -729,6 +729,17 @@ def test_the_rows_in_a_structure_are_found(wrap: Callable[[Tensor], Any]) -> Non
         assert counts(harvested(recorder)) == {("Odd", "train"): 50}
 
 
+def test_a_layer_is_given_up_also_where_few_of_its_forwards_are_due(caplog: pytest.LogCaptureFixture) -> None:
+    model = Odd(lambda output: None)
+    with recording(model, log_interval=3) as recorder:
+        for _ in range(60):
+            model(torch.randn(10, 4))
+        assert counts(harvested(recorder)) == {("Odd", "train"): 10}
+    first, last = warnings_of(caplog)
+    assert "a forward is left out" in first
+    assert "not recorded any more" in last
+
+
 def test_an_unknown_output_now_and_then_costs_only_itself(caplog: pytest.LogCaptureFixture) -> None:
     layer = Odd(lambda output: output[:, :2])
     with recording(layer) as recorder:

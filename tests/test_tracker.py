@@ -319,6 +319,13 @@ def test_steps_rise(savefile: str) -> None:
     assert sorted(rows) == [("eval", 5, 6), ("eval", 6, 6), ("train", 5, 8)]
 
 
+def test_steps_rise_also_over_windows_without_rows(savefile: str) -> None:
+    with SaturationTracker(savefile, "parquet", nn.Linear(4, 4)) as tracker:
+        tracker.add_saturations(step=5)
+        with pytest.raises(OptionError, match="step=4 after step 5"):
+            tracker.add_saturations(step=4)
+
+
 def test_flush_makes_complete_windows_readable(savefile: str) -> None:
     model = nn.Linear(4, 4)
     with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
@@ -347,7 +354,7 @@ def test_several_ranks_in_one_process_meet_in_a_given_store(savefile: str) -> No
         trackers[rank].add_saturations()
     with pytest.raises(RegistrationError, match="rank 1 of run 'shared' is tracked already"):
         SaturationTracker(modules=models[0], store=store, rank=1)
-    with pytest.raises(RegistrationError, match=r"brings threshold=0.5"):
+    with pytest.raises(RegistrationError, match=r"brings sat_threshold=0.5"):
         SaturationTracker(modules=models[0], store=store, rank=1, sat_threshold=0.5)
     metrics = [tracker.metrics(wait=True) for tracker in trackers]
     assert metrics[0] == metrics[1]
@@ -560,6 +567,66 @@ def test_closing_from_a_signal_handler_does_not_hang(savefile: str, monkeypatch:
     model(torch.randn(8, 4))
     assert not model._forward_hooks
     assert read_spectra(savefile).num_rows == 0, "the only forward had not ended"
+
+
+def test_closing_from_a_signal_handler_while_the_sender_waits_for_the_hook(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = nn.Linear(4, 20)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0.01)
+    waiting = threading.Event()
+    harvest = tracker._recorder.harvest
+    slot = Accumulator._slot
+
+    class Watched:
+        """The recorder's lock, which tells when another thread asks for it."""
+
+        def __init__(self, lock: Any) -> None:
+            self.lock = lock
+
+        def __enter__(self) -> None:
+            if threading.current_thread().name == "delve_ray-sender":
+                waiting.set()
+            self.lock.acquire()
+
+        def __exit__(self, *_: Any) -> None:
+            self.lock.release()
+
+    def signalled(self: Accumulator) -> int:
+        monkeypatch.setattr(Accumulator, "_slot", slot)
+        waiting.clear()
+        assert waiting.wait(10), "the sender wants what the hook is filling"
+        tracker.close(timeout=20)
+        return slot(self)
+
+    tracker._recorder.lock = Watched(tracker._recorder.lock)  # type: ignore[assignment]
+    monkeypatch.setattr(Accumulator, "_slot", signalled)
+    model(torch.randn(8, 4))
+    assert not model._forward_hooks
+    assert harvest(end_of_window=True) == {}
+
+
+def test_a_long_last_publication_is_no_surprise(
+    savefile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sender goes on saying that it lives while the last rank waits for its files."""
+    monkeypatch.setattr("delve_ray.shipping.HEARTBEAT_S", 0.01)
+    wait = CovarianceStore.wait_finished
+
+    def slow(self: CovarianceStore, timeout: float) -> bool:
+        heard = self._members[0].heard
+        deadline = time.monotonic() + 10
+        while self._members[0].heard == heard and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.05)
+        return wait(self, timeout)
+
+    monkeypatch.setattr(CovarianceStore, "wait_finished", slow)
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        model(torch.randn(8, 4))
+    assert not [record.message for record in caplog.records if record.levelno >= logging.ERROR]
+    assert tracker._shipper.lost is None
 
 
 def test_an_interrupted_close_leaves_nothing_running(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:

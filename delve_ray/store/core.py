@@ -10,10 +10,11 @@ answers `covariance` and `spectrum`.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,9 +24,9 @@ from delve_ray.moments import F64, unpack_triangle
 from delve_ray.schema import PHASES
 from delve_ray.storage import Storage
 from delve_ray.store.description import config_difference, describe_run, layer_difference
-from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
 from delve_ray.store.publisher import Latest, Publisher
-from delve_ray.store.window import Job, Window, check_delta, check_widths
+from delve_ray.store.window import Job, Window, check_delta
 from delve_ray.writers import make_writers
 from delve_ray.writers.base import Scalar, Writer
 
@@ -91,8 +92,7 @@ class CovarianceStore:
         with self._lock:
             self._check_member(source, config, layers)
             if self._publisher is None:
-                self.config = replace(self.config, recording=self.config.recording or config.recording)
-                self._open(layers)
+                self._open(replace(self.config, recording=self.config.recording or config.recording), layers)
             if self._token != source.token:
                 self._begin_attempt(source.token)
             self._members[source.rank] = _Member(source)
@@ -119,22 +119,23 @@ class CovarianceStore:
                 f"give each worker its own rank=, and each training its own run="
             )
 
-    def _open(self, layers: Sequence[LayerInfo]) -> None:
+    def _open(self, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
         """Prepare the savefile and start publishing; on an error nothing has been started."""
-        if not self.config.save_to:
+        if not config.save_to:
             writers: Sequence[Writer] = ()
         elif self._given_writers is not None:
             writers = self._given_writers
         else:
-            storage = Storage(self.config.savefile)
+            storage = Storage(config.savefile)
             storage.prepare()
-            writers = make_writers(self.config.save_to, storage)
-            if not storage.write_new("run.json", describe_run(self.config, layers)):
+            writers = make_writers(config.save_to, storage)
+            if not storage.write_new("run.json", describe_run(config, layers)):
                 raise OptionError(
-                    f"savefile={self.config.savefile!r} holds a run already; choose another savefile or remove that one"
+                    f"savefile={config.savefile!r} holds a run already; choose another savefile or remove that one"
                 )
+        self.config = config
         self._layers = list(layers)
-        self._publisher = Publisher(self.config, layers, writers, self._due_windows)
+        self._publisher = Publisher(config, layers, writers, self._due_windows)
 
     def _begin_attempt(self, token: str) -> None:
         """All workers were started anew: publish what the last attempt left open and begin at window 0."""
@@ -175,8 +176,9 @@ class CovarianceStore:
             )
         return member
 
-    def _ack(self, *, merged: bool = True) -> Ack:
-        return Ack(published=self._running().published(self._attempt), merged=merged, finished=self._ending)
+    def _ack(self, *, merged: bool = True, refused: Mapping[int, int] | None = None) -> Ack:
+        published = self._running().published(self._attempt)
+        return Ack(published, merged, self._ending, tuple((refused or {}).items()))
 
     # --- deltas ----------------------------------------------------------------------------------------------
 
@@ -204,15 +206,18 @@ class CovarianceStore:
             widths = check_delta(delta, buffer, self._layers)
             with self._lock:
                 self._check_taking(delta)
-                check_widths(delta, self._layers, self._widths)
                 window = self._window(delta, member)
-                self._widths |= dict(delta.widths)
-                entries = [window.entry(e[0], e[1], d) for e, d in zip(delta.entries, widths, strict=True)]
-            start = 0
-            for entry, (_, _, n, nonfinite) in zip(entries, delta.entries, strict=True):
-                size = entry.total.features + entry.total.packed.shape[0]
-                entry.add(n, nonfinite, buffer[start : start + size])
-                start += size
+                # Rows of another width than elsewhere cost their layer, not all that came with it.
+                refused = {i: self._widths[i] for i, d in delta.widths if self._widths.get(i, d) != d}
+                self._widths = dict(delta.widths) | self._widths
+                entries = [
+                    None if layer in refused else window.entry(layer, phase, d)
+                    for (layer, phase, *_), d in zip(delta.entries, widths, strict=True)
+                ]
+            ends = list(itertools.accumulate(map(moments_size, widths)))
+            for entry, start, end, (_, _, n, nonfinite) in zip(entries, [0, *ends], ends, delta.entries, strict=False):
+                if entry is not None:
+                    entry.add(n, nonfinite, buffer[start:end])
             with self._lock:
                 member.next_seq += 1
                 window.changed = True
@@ -220,7 +225,8 @@ class CovarianceStore:
                     member.next_window = delta.window + 1
                     window.closed.add(delta.source.rank)
                     self._complete_if_closed(window)
-                return self._ack()
+                self._refused += bool(refused)
+                return self._ack(refused=refused)
 
     def _check_taking(self, delta: Delta) -> None:
         """Whether the run, and this attempt of it, still goes on."""
@@ -292,7 +298,7 @@ class CovarianceStore:
         """Hand user scalars to the writers."""
         with self._lock:
             if self._ending:
-                raise StoreError(f"run {self.config.run!r} has ended and takes no scalars")
+                raise StoreError(f"run {self.config.run!r} has ended and takes no scalars", final=True)
             self._running().write_scalars(scalars, self._attempt)
 
     # --- answers -----------------------------------------------------------------------------------------------

@@ -62,8 +62,9 @@ def config_difference(known: StoreConfig, other: StoreConfig, rank: int) -> str 
     for name in SAME_FOR_ALL:
         mine, theirs = getattr(known, name), getattr(other, name)
         if mine != theirs:
+            option = {"product_eps": "the epsilon of precision", "threshold": "sat_threshold"}.get(name, name)
             return (
-                f"rank {rank} brings {name}={theirs!r}, but run {known.run!r} has {name}={mine!r}; "
+                f"rank {rank} brings {option}={theirs!r}, but run {known.run!r} has {option}={mine!r}; "
                 f"give every worker of a run the same options, or another run name"
             )
     differing = [key for key, value in other.recording.items() if known.recording.get(key) != value]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def start_store(
 
     handle = actor.start(config)
     settings = actor.RemoteStore(handle).settings()
-    if settings != config:
+    if replace(settings, recording={}) != config:  # the first worker says how it records
         raise OptionError(f"run={run!r} has a store already, started with {settings}; choose another run name")
     return handle
 

@@ -122,11 +122,16 @@ class Welcome:
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The store's answer to a delta or a sign of life; `published` counts the attempt's final windows."""
+    """The store's answer to a delta or a sign of life; `published` counts the attempt's final windows.
+
+    `refused` are the (layer index, features) of layers that have this width elsewhere in the run, and whose rows were
+    left out.
+    """
 
     published: int
     merged: bool = True
     finished: bool = False
+    refused: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

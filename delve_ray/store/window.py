@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -93,20 +92,16 @@ def _refusal(delta: Delta, what: str) -> DeltaRefused:
     )
 
 
-def check_widths(delta: Delta, layers: list[LayerInfo], told: Mapping[int, int]) -> None:
-    """Turn away widths that contradict the registration, or `told`: what earlier deltas of the attempt said.
-
-    Raises DeltaRefused.
-    """
+def _check_widths(delta: Delta, layers: list[LayerInfo]) -> None:
+    """Turn away widths that are none or contradict the registration. Raises DeltaRefused."""
     for layer, features in delta.widths:
         if not 0 <= layer < len(layers):
             raise _refusal(delta, f"layer index {layer}, but the run has {len(layers)} layers")
-        known = layers[layer].features or told.get(layer, features)
+        known = layers[layer].features or features
         if features < 1 or features != known:
             raise _refusal(
                 delta,
-                f"layer {layers[layer].name} has {features} features here and {known} elsewhere; a layer has "
-                f"one width in all workers and batches (with conv_method='flatten', images of one size)",
+                f"layer {layers[layer].name} has {features} features, and was registered with {layers[layer].features}",
             )
 
 
@@ -121,7 +116,7 @@ def check_delta(delta: Delta, buffer: F64, layers: list[LayerInfo]) -> list[int]
     def refuse(what: str) -> DeltaRefused:
         return _refusal(delta, what)
 
-    check_widths(delta, layers, {})
+    _check_widths(delta, layers)
     widths = dict(delta.widths)
     seen: set[tuple[int, int]] = set()
     sizes = []

@@ -222,8 +222,9 @@ def test_the_last_rank_to_leave_finishes_the_run() -> None:
     assert [(w.step, w.workers, w.rows[0].samples) for w in keeper.windows] == [(0, 2, 11), (1, 2, 2)]
     with pytest.raises(RegistrationError, match="has ended"):
         Worker(store, 0)
-    with pytest.raises(StoreError, match="takes no scalars"):
+    with pytest.raises(StoreError, match="takes no scalars") as refusal:
         store.add_scalars([])
+    assert refusal.value.final, "nobody tries again"
 
 
 def test_a_worker_that_fails_leaves_the_run_open_and_a_new_attempt_starts_over() -> None:
@@ -363,7 +364,7 @@ def test_ranks_must_agree_on_the_step() -> None:
 
 BAD_CONFIGS = {
     "savefile=": {"savefile": "/elsewhere"},
-    "threshold=0.9": {"threshold": 0.9},
+    "sat_threshold=0.9": {"threshold": 0.9},
     "thresholds=": {"thresholds": (0.99, 0.9)},
     "stats=": {"stats": ("trace",)},
     "world_size=3": {"world_size": 3},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from delve_ray.errors import OptionError
 from delve_ray.store import actor
 from delve_ray.store.launch import start_store
+from delve_ray.store.protocol import StoreConfig
 
 
 @pytest.mark.parametrize(
@@ -29,6 +31,21 @@ def test_the_first_threshold_is_the_runs_own_and_several_make_the_list(
     start_store(savefile, run="r", world_size=1, save_to="parquet", sat_threshold=given)
     (config,) = started
     assert (config.threshold, config.thresholds) == (threshold, thresholds)
+
+
+def test_a_store_that_a_worker_has_joined_is_the_same_store(monkeypatch: pytest.MonkeyPatch, savefile: str) -> None:
+    """The worker has said how it records, which a driver does not know."""
+    started: list[StoreConfig] = []
+    monkeypatch.setattr(actor, "start", started.append)
+    monkeypatch.setattr(
+        actor,
+        "RemoteStore",
+        lambda handle: SimpleNamespace(settings=lambda: replace(started[0], recording={"conv_method": "mean"})),
+    )
+    for _ in range(2):
+        start_store(savefile, run="r", world_size=1, save_to="parquet")
+    with pytest.raises(OptionError, match="has a store already"):
+        start_store(savefile, run="r", world_size=2, save_to="parquet")
 
 
 @pytest.mark.parametrize("bad", [[], [0.9, 0.9], [0.9, 99], "0.9"])

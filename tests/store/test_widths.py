@@ -50,7 +50,7 @@ class Worker:
             widths=told if widths is None else widths,
         )
         buffer = np.concatenate([np.empty(0), *(part for m in moments.values() for part in (m.mean, m.packed()))])
-        self.store.take(delta, buffer)
+        self.last = self.store.take(delta, buffer)
         self.seq += 1
 
 
@@ -73,11 +73,10 @@ def test_the_first_delta_tells_and_all_ranks_merge() -> None:
 @pytest.mark.parametrize(
     ("given", "widths", "message"),
     [
-        ({1: rows(4)}, None, "layer told has 4 features here and 3 elsewhere; .*one width in all workers and batches"),
         ({1: rows(3)}, (), "does not say how many features layer told has"),
-        ({0: rows(2)}, ((0, 5),), "layer known has 5 features here and 2 elsewhere"),
-        ({1: rows(3)}, ((1, 0),), "layer told has 0 features here"),
-        ({1: rows(3)}, ((1, -3),), "layer told has -3 features here"),
+        ({0: rows(2)}, ((0, 5),), "layer known has 5 features, and was registered with 2"),
+        ({1: rows(3)}, ((1, 0),), "layer told has 0 features"),
+        ({1: rows(3)}, ((1, -3),), "layer told has -3 features"),
         ({1: rows(3)}, ((2, 3),), "layer index 2, but the run has 2 layers"),
         ({1: rows(3)}, ((1, 4),), "its buffer is .* need float64 of shape"),
     ],
@@ -96,6 +95,46 @@ def test_other_widths_are_refused_and_change_nothing(given: dict[int, F64], widt
     assert store.flush(10)
     expected = two_pass_covariance(np.concatenate([rows(3), rows(3, 1)]))
     assert covariance_error(store.covariance("told", "train"), expected) < 1e-12
+
+
+def test_another_width_costs_its_layer_and_nothing_else() -> None:
+    store = CovarianceStore(config(), writers=[])
+    first, second = Worker(store, 0), Worker(store, 1)
+    first.send({0: rows(2), 1: rows(3)}, closes=True)
+    second.send({0: rows(2, 1), 1: rows(4, 1)}, closes=True)
+    assert second.last.refused == ((1, 3),)
+    assert store.status()["refused"] == 1
+    assert store.flush(10)
+    both = np.concatenate([rows(2), rows(2, 1)])
+    assert covariance_error(store.covariance("known", "train"), two_pass_covariance(both)) < 1e-12
+    assert covariance_error(store.covariance("told", "train"), two_pass_covariance(rows(3))) < 1e-12
+
+
+def test_a_tracker_whose_layer_has_another_width_goes_on(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3))
+    store = CovarianceStore(StoreConfig("r", savefile, 2, stats=("trace",), publish_every=0.0))
+    options: dict[str, Any] = {"store": store, "conv_method": "flatten", "publish_every": 0.0}
+    trackers = [SaturationTracker(modules=model, rank=rank, **options) for rank in range(2)]
+    for tracker in trackers:
+        tracker.stop()
+    for tracker, size in zip(trackers, (4, 5), strict=True):
+        tracker.resume()
+        model(torch.randn(10, 1, size, size))
+        tracker.stop()
+        tracker.add_saturations(step=0)
+        assert tracker._shipper.flush(10)
+    for tracker in trackers:
+        tracker.close()
+    rows_by_layer = {row["layer"]: row for row in read_spectra(savefile).to_pylist()}
+    assert {name: (row["samples"], row["workers"]) for name, row in rows_by_layer.items()} == {
+        "0": (10, 2),
+        "3": (20, 2),
+    }
+    said = [record.message for record in caplog.records if "not recorded" in record.message]
+    assert said == [
+        "layer 0 is not recorded: it has 50 features here and 32 in other workers; a layer has one width in all "
+        "workers and batches (with conv_method='flatten', images of one size)"
+    ]
 
 
 def test_another_attempt_may_tell_another_width() -> None:
