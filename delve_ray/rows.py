@@ -7,7 +7,7 @@ without their last dimension: False where a row does not count. Nothing here wai
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -101,13 +101,18 @@ class Mask:
 
     valid: Tensor
     batch_first: bool = True
+    copies: dict[object, Mask] = field(default_factory=dict, repr=False, compare=False)
 
     def on(self, device: torch.device) -> Mask:
-        """The same on another device."""
+        """The same on another device; copied once for all layers, on each stream that they run on."""
         if self.valid.device == device:
             return self
-        # A copy to the host that nobody waits for would be read before it is there.
-        return Mask(self.valid.to(device, non_blocking=device.type != "cpu"), self.batch_first)
+        place: object = torch.cuda.current_stream(device) if device.type == "cuda" else device
+        if place not in self.copies:
+            # A copy to the host that nobody waits for would be read before it is there.
+            valid = self.valid.to(device, non_blocking=device.type != "cpu")
+            self.copies[place] = Mask(valid, self.batch_first)
+        return self.copies[place]
 
     def keep(self, shape: torch.Size, *, steps_first: bool = False) -> Tensor | None:
         """`keep` for rows whose shape without features is `shape`; None where the mask does not fit them.

@@ -56,6 +56,14 @@ def test_a_mask_of_samples_holds_for_all_that_they_have() -> None:
     assert keep.tolist() == [[[True] * 4] * 3, [[False] * 4] * 3]
 
 
+def test_a_mask_is_copied_once_to_another_device() -> None:
+    mask = Mask(VALID)
+    assert mask.on(torch.device("cpu")) is mask
+    elsewhere = mask.on(torch.device("meta"))
+    assert elsewhere.valid.device.type == "meta"
+    assert mask.on(torch.device("meta")) is elsewhere
+
+
 # --- last steps ----------------------------------------------------------------------------------------------
 
 

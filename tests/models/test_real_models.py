@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from delve_ray import SaturationTracker, read_covariances, read_spectra
-from tests.helpers import F64, TOLERANCE, covariance_error, harvested, recording, two_pass_covariance
+from tests.helpers import F64, TOLERANCE, covariance_error, dimensionality, harvested, recording, two_pass_covariance
 from tests.models.capture import Capture, Rows, layers_of, width_of
 from tests.models.cases import BELL_COTE, CASES, DAISY, Case, photographs
 
@@ -138,12 +138,6 @@ def reference(request: pytest.FixtureRequest) -> Reference:
 def spectrum_of(covariance: F64) -> F64:
     """Eigenvalues from the largest to the smallest, those that rounding made negative as 0."""
     return np.linalg.eigvalsh(covariance)[::-1].clip(0)
-
-
-def dimensionality(eigenvalues: F64, share: float) -> int:
-    """The smallest k whose largest k eigenvalues have this share of their sum, 0 where the sum is 0."""
-    reached = np.cumsum(eigenvalues) >= share * eigenvalues.sum()
-    return int(np.argmax(reached)) + 1 if eigenvalues.sum() > 0 else 0
 
 
 # --- what is recorded ----------------------------------------------------------------------------------
