@@ -190,7 +190,8 @@ def check_mask(mask: Any, name: str = "mask", *, batch_first: bool = True) -> Ma
     """
     rule = "it is True, or 1, where a step counts, like an attention_mask, of shape (batch, steps)"
     if not isinstance(mask, Tensor):
-        raise OptionError(f"{name} is a {type(mask).__name__}, not a tensor; {rule}")
+        hint = ". A function of the model's inputs goes into SaturationTracker(…, mask=…)" if callable(mask) else ""
+        raise OptionError(f"{name} is a {type(mask).__name__}, not a tensor; {rule}{hint}")
     if mask.is_floating_point() or mask.is_complex():
         raise OptionError(
             f"{name} has dtype {mask.dtype}; {rule}. An additive mask of 0 and -inf becomes one by `mask == 0`"

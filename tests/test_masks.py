@@ -372,6 +372,7 @@ def test_an_interrupted_forward_leaves_its_mask_for_no_other_forward(savefile: s
     ("mask", "words"),
     [
         ([[1, 0]], ["mask is a list", "not a tensor", "attention_mask", "(batch, steps)"]),
+        (lambda x: x > 0, ["mask is a function", "SaturationTracker(…, mask=…)"]),
         (torch.zeros(2, 2), ["mask has dtype torch.float32", "`mask == 0`"]),
         (torch.tensor(True), ["mask has no dimension"]),
     ],
