@@ -98,7 +98,8 @@ class Shipper:
     def queue_live(self) -> None:
         """Hand over what was recorded so far without closing the window. Returns at once."""
         with self.recorder.lock, self._state:
-            harvest = self.recorder.harvest(end_of_window=False)
+            # The end may have come while a hook had the lock.
+            harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
             if harvest:
                 self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest))
             self._state.notify_all()
