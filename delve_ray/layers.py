@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from delve_ray.checks import check_integer
 from delve_ray.errors import OptionError
 
 CONV_METHODS = ("channelwise", "mean", "max", "median", "flatten")
@@ -195,7 +196,11 @@ class OutputAdapter:
         given = self._features
         if given is None or isinstance(given, int):
             return given
-        return int(getattr(module, given)) if isinstance(given, str) else int(given(module))
+        kind = type(module).__name__
+        if isinstance(given, str) and not hasattr(module, given):
+            raise OptionError(f"features={given!r} of the adapter for {kind}: the module has no such attribute")
+        width = getattr(module, given) if isinstance(given, str) else given(module)
+        return check_integer(f"features (of the adapter for {kind})", width, at_least=1)
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
         """The rows (…, D)."""
@@ -383,7 +388,8 @@ def register_adapter(
             the first forward tells.
 
     Raises:
-        OptionError: `kind` is no class of modules, or `rows` is no function.
+        OptionError: `kind` is no class of modules, `rows` no function, or `features` no width; the latter also from
+            the tracker, where only the module shows it.
 
     Example:
         >>> class Gate(torch.nn.Module):
@@ -397,4 +403,10 @@ def register_adapter(
         raise OptionError(f"kind={kind!r} is no class of torch.nn.Module; give the class of the layer, not a layer")
     if rows is not None and not callable(rows):
         raise OptionError(f"rows={rows!r} is no function; it takes (module, output) and returns a tensor (…, features)")
+    if isinstance(features, int):
+        check_integer("features", features, at_least=1)
+    elif not (features is None or isinstance(features, str) or callable(features)):
+        raise OptionError(
+            f"features={features!r} is no width: a number, an attribute's name, or a function of the module"
+        )
     ADAPTERS[kind] = OutputAdapter(rows, features)

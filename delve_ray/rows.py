@@ -48,6 +48,8 @@ class Reader:
                     return None
                 output = tree_map_only(type(first), lambda tensor: tensor.to_local(), output)
         rows = self.adapter.rows(module, output, self.options)
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"the adapter's rows are a {type(rows).__name__}, not a tensor")
         if rows.requires_grad:
             rows = rows.detach()
         return rows, has_padding(output)

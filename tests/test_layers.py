@@ -499,6 +499,22 @@ def test_a_class_is_registered_in_one_line(features: Any) -> None:
     assert torch.equal(rows_of(FurtherGate(), (x, x.sigmoid())), x.view(6, 4))
 
 
+@pytest.mark.usefixtures("registration")
+@pytest.mark.parametrize("features", [0, -3, True, 2.5, ["width"]])
+def test_a_width_that_is_none_is_refused_at_once(features: Any) -> None:
+    assert_refused(lambda: register_adapter(Gate, features=features), f"features={features!r}")
+    assert adapter_for(Gate()) is None
+
+
+@pytest.mark.usefixtures("registration")
+@pytest.mark.parametrize("features", ["widht", lambda module: -1, lambda module: "wide"])
+def test_a_width_that_the_module_does_not_have_is_refused_by_name(features: Any) -> None:
+    register_adapter(Gate, features=features)
+    adapter = adapter_for(Gate())
+    assert adapter is not None
+    assert_refused(lambda: adapter.features(Gate(), TIMESTEPWISE), "features", "adapter for Gate")
+
+
 @pytest.mark.parametrize("kind", [nn.Linear(2, 2), int, "Linear", None])
 def test_only_classes_of_modules_are_registered(kind: Any) -> None:
     assert_refused(lambda: register_adapter(kind), "kind=", "torch.nn.Module")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from delve_ray.layers import RowOptions
+from delve_ray.layers import ADAPTERS, RowOptions, register_adapter
 from delve_ray.masks import check_mask
 from delve_ray.memory import worker_bytes
 from tests.helpers import assert_exact, build, harvested, inputs, recording
@@ -185,6 +185,21 @@ def test_a_module_without_rows_is_given_up_with_one_word(caplog: pytest.LogCaptu
         "layer 1: a forward is left out; its output cannot be reduced to rows of features (TypeError: a Tensor without "
         "a floating-point tensor; leave the layer out, or say with delve_ray.register_adapter what its rows are)"
     ]
+
+
+def test_rows_that_are_no_tensor_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    register_adapter(Odd, lambda module, output: output.numpy())
+    try:
+        with recording(Odd()) as recorder:
+            recorder.layers[0].module(torch.randn(5, 4))
+            assert recorder.harvest(end_of_window=True) == {}
+    finally:
+        del ADAPTERS[Odd]
+    assert "the adapter's rows are a ndarray, not a tensor" in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"max_samples": 3}, {"sample_fraction": 0.5}, {}])
