@@ -32,3 +32,7 @@ class DeltaRefused(DelveRayError, ValueError):
 
 class ReadError(DelveRayError, ValueError):
     """A run directory or file that cannot be read as delve_ray output."""
+
+
+class Unrecordable(Exception):
+    """A layer's outputs cannot be recorded, now or later; the message says why and what to do."""

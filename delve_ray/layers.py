@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -22,14 +21,11 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from delve_ray.checks import check_integer
 from delve_ray.errors import OptionError
+from delve_ray.feature_maps import feature_map_rows
 
 CONV_METHODS = ("channelwise", "mean", "max", "median", "flatten")
 TIMESERIES_METHODS = ("timestepwise", "last_timestep")
 INTERPOLATIONS = ("nearest", "nearest-exact", "area", "linear", "bilinear", "trilinear", "bicubic")
-
-_WIDE_ELEMENTS = 1 << 20
-"""Values that are converted to float64 at a time."""
-_LINEAR_BY_DIMENSIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +38,7 @@ class RowOptions:
     interpolation_downsampling: int = 32
 
 
-class LayerAdapter(Protocol):
+class LayerAdapter:
     """What the recorder must know about a kind of layer.
 
     Attributes:
@@ -50,20 +46,31 @@ class LayerAdapter(Protocol):
         batch_first: whether the rows' first dimension is known to be the batch.
     """
 
-    sequence: bool
-    batch_first: bool
+    sequence = True
+    batch_first = True
 
     def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """Number of features D of a row; None where only a forward tells."""
+        raise NotImplementedError
 
     def rows(self, module: nn.Module, output: Any, options: RowOptions) -> Tensor:
         """The rows of a forward's output, shape (…, D)."""
+        raise NotImplementedError
+
+    def has_steps(self, rows: Tensor) -> bool:
+        """Whether the dimensions between the first and the last are steps, and not positions of feature maps."""
+        return self.sequence
+
+    def row_dimensions(self, module: nn.Module, dimensions: int, options: RowOptions) -> set[int]:
+        """Which of an output's dimensions one row is made of, and must be whole where the others are spread."""
+        if self.sequence and dimensions == 3 and options.timeseries_method == "last_timestep":
+            return {2, 1 if getattr(module, "batch_first", True) else 0}
+        return {dimensions - 1}
 
 
-class TokenAdapter:
+class TokenAdapter(LayerAdapter):
     """(…, D): Linear, Bilinear, Embedding and others; each leading index is an observation, every token counts."""
 
-    sequence = True
     batch_first = False
 
     def __init__(self, width: str) -> None:
@@ -79,7 +86,7 @@ class TokenAdapter:
         return _tokens(first_tensor(output), options)
 
 
-class FeatureMapAdapter:
+class FeatureMapAdapter(LayerAdapter):
     """B×C×positions or unbatched C×positions: convolutions, and normalisations of feature maps.
 
     `channelwise`, each position is an observation of C features; `mean`, `max` and `median` (the lower of the two
@@ -87,7 +94,6 @@ class FeatureMapAdapter:
     """
 
     sequence = False
-    batch_first = True
 
     def __init__(self, width: str, dimensions: int | None) -> None:
         self.width = width
@@ -104,17 +110,18 @@ class FeatureMapAdapter:
             x = x.unsqueeze(0)
         return feature_map_rows(x, options)
 
+    def row_dimensions(self, module: nn.Module, dimensions: int, options: RowOptions) -> set[int]:
+        """The channels, and the positions where the options combine them."""
+        return _map_dimensions(0 if self.dimensions == dimensions - 1 else 1, dimensions, options)
 
-class RecurrentAdapter:
+
+class RecurrentAdapter(LayerAdapter):
     """LSTM, GRU, RNN: the output sequence, T×B×D, or B×T×D with batch_first, or T×D unbatched, or packed.
 
     `timestepwise`, each step of each sequence is an observation; a packed sequence has no padding.
     `last_timestep`, the last (valid) step of each sequence is. D is hidden_size, or proj_size where set, twice
     that when bidirectional.
     """
-
-    sequence = True
-    batch_first = True
 
     def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """Width of the output sequence."""
@@ -132,11 +139,10 @@ class RecurrentAdapter:
         return padded[torch.arange(len(lengths)), lengths - 1]
 
 
-class CellAdapter:
+class CellAdapter(LayerAdapter):
     """LSTMCell, GRUCell, RNNCell: the hidden state, B×D or D; each call is one step of each sequence."""
 
     sequence = False
-    batch_first = True
 
     def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """`hidden_size`."""
@@ -147,14 +153,11 @@ class CellAdapter:
         return first_tensor(output)
 
 
-class AttentionAdapter:
+class AttentionAdapter(LayerAdapter):
     """MultiheadAttention: its output, T×B×D, or B×T×D with batch_first, or T×D unbatched. D is embed_dim.
 
     Its projection `out_proj` is used as a weight and never called, so the output of the whole is the layer's.
     """
-
-    sequence = True
-    batch_first = True
 
     def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """`embed_dim`."""
@@ -166,14 +169,13 @@ class AttentionAdapter:
         return _tokens(tensor, options) if tensor.is_nested else _batch_first(tensor, module)
 
 
-class OutputAdapter:
+class OutputAdapter(LayerAdapter):
     """Any other module: the first floating-point tensor in its output, a tensor, tuple, list or mapping.
 
     With `dimensions` a tensor of that many dimensions beside batch and channels is a feature map B×C×positions;
     every other one has its features last. `rows` and `features` say otherwise, see `register_adapter`.
     """
 
-    sequence = True
     batch_first = False
 
     def __init__(
@@ -185,11 +187,6 @@ class OutputAdapter:
         self._rows = rows
         self._features = features
         self.dimensions = dimensions
-
-    @property
-    def custom(self) -> bool:
-        """Whether a function of the user's makes the rows."""
-        return self._rows is not None
 
     def features(self, module: nn.Module, options: RowOptions) -> int | None:
         """What was said, or None: the first forward tells."""
@@ -207,57 +204,27 @@ class OutputAdapter:
         if self._rows is not None:
             return self._rows(module, output)
         tensor = first_tensor(output)
-        if self.dimensions and tensor.dim() == self.dimensions + 2:
-            return feature_map_rows(tensor, options)
-        return _tokens(tensor, options)
+        return feature_map_rows(tensor, options) if self._is_map(tensor.dim()) else _tokens(tensor, options)
+
+    def _is_map(self, dimensions: int) -> bool:
+        return self.dimensions > 0 and dimensions == self.dimensions + 2
+
+    def has_steps(self, rows: Tensor) -> bool:
+        """Not where they are those of a feature map."""
+        return not self._is_map(rows.dim())
+
+    def row_dimensions(self, module: nn.Module, dimensions: int, options: RowOptions) -> set[int]:
+        """Of a function's rows nobody knows; samples at least are whole."""
+        if self._rows is not None:
+            return set(range(1, dimensions))
+        if self._is_map(dimensions):
+            return _map_dimensions(1, dimensions, options)
+        return super().row_dimensions(module, dimensions, options)
 
 
-def feature_map_rows(x: Tensor, options: RowOptions) -> Tensor:
-    """Rows of a feature map B×C×positions under `conv_method`, after interpolation where it is asked for."""
-    if options.interpolation_strategy is not None and max(x.shape[2:], default=0) > options.interpolation_downsampling:
-        x = _interpolate(x, options.interpolation_strategy, options.interpolation_downsampling)
-    method = options.conv_method
-    if method == "channelwise" or x.dim() == 2:
-        return x.movedim(1, -1)
-    x_BCP = x.flatten(2)
-    if method == "mean":
-        return _wide_mean(x_BCP)
-    if method == "max":
-        return x_BCP.amax(-1)
-    return x_BCP.median(-1).values if method == "median" else x.flatten(1)
-
-
-def _wide_mean(x_BCP: Tensor) -> Tensor:
-    """Means over positions, in float64: at a mean far above the spread a float32 mean is wrong by too much of it."""
-    if torch.compiler.is_compiling() or x_BCP.numel() <= _WIDE_ELEMENTS:
-        return x_BCP.mean(-1, dtype=torch.float64)
-    # torch converts before it sums: a piece at a time, in memory allocated once, or the copy is twice the output.
-    batch, channels, positions = x_BCP.shape
-    step = max(1, _WIDE_ELEMENTS // (channels * positions))
-    wide = torch.empty((step, channels, positions), dtype=torch.float64, device=x_BCP.device)
-    means = torch.empty((batch, channels), dtype=torch.float64, device=x_BCP.device)
-    for first in range(0, batch, step):
-        part = x_BCP[first : first + step].detach()
-        torch.mean(wide[: len(part)].copy_(part), -1, out=means[first : first + len(part)])
-    return means
-
-
-def _interpolate(x: Tensor, strategy: str, size: int) -> Tensor:
-    """`x` resized to `size` along every dimension of its positions, by torch's interpolate."""
-    dimensions = x.dim() - 2
-    mode = _LINEAR_BY_DIMENSIONS[dimensions] if strategy.endswith("linear") else strategy
-    if mode == "bicubic" and dimensions != 2:
-        raise Unrecordable(
-            f"interpolation_strategy='bicubic' resizes maps of 2 dimensions, its output has {dimensions}; use 'area' "
-            f"or 'linear'"
-        )
-    # Interpolation in half precision is not there on every device.
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return F.interpolate(wide, size=(size,) * dimensions, mode=mode)
-
-
-class Unrecordable(Exception):
-    """A layer's outputs cannot be recorded, now or later; the message says why and what to do."""
+def _map_dimensions(channels: int, dimensions: int, options: RowOptions) -> set[int]:
+    combined = options.conv_method != "channelwise" or options.interpolation_strategy is not None
+    return set(range(channels, dimensions if combined else channels + 1))
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -25,10 +25,11 @@ from torch.utils.hooks import RemovableHandle
 from delve_ray import hooks
 from delve_ray.accumulator import Accumulator
 from delve_ray.compiled import modes_are_on, tracing
-from delve_ray.layers import RowOptions, Unrecordable
+from delve_ray.errors import Unrecordable
+from delve_ray.layers import RowOptions
 from delve_ray.masks import UNKNOWN, Masks
 from delve_ray.memory import known_widths, too_wide, worker_bytes
-from delve_ray.rows import Reader, Sampler, first_rows, is_sequence, last_steps
+from delve_ray.rows import Reader, Sampler, first_rows, last_steps
 from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
 from delve_ray.workspace import Workspace
@@ -160,7 +161,7 @@ class Recorder:
             keep = mask.on(rows.device).keep(rows.shape[:-1], steps_first=steps_first)
             if keep is None:
                 self._warn_unfit(key[0], mask.valid.shape, rows.shape)
-        sequence = is_sequence(adapter, rows)
+        sequence = adapter.has_steps(rows)
         if sequence and rows.dim() == 3 and self.options.rows.timeseries_method == "last_timestep":
             rows, keep = last_steps(rows, keep)
         if self._sampler is not None:

@@ -14,15 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from delve_ray.layers import (
-    FeatureMapAdapter,
-    LayerAdapter,
-    OutputAdapter,
-    RowOptions,
-    Unrecordable,
-    has_padding,
-    search_tensor,
-)
+from delve_ray.errors import Unrecordable
+from delve_ray.layers import LayerAdapter, RowOptions, has_padding, search_tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +52,7 @@ class Reader:
 
         Never communicates. Raises Unrecordable where the share holds no whole rows.
         """
-        whole = self._undivided(module, tensor.dim())
+        whole = self.adapter.row_dimensions(module, tensor.dim(), self.options)
         ours = True
         for dimension, placement in enumerate(tensor.placements):
             if placement.is_partial() or (placement.is_shard() and placement.dim % tensor.dim() in whole):
@@ -71,27 +64,6 @@ class Reader:
             if placement.is_replicate() and tensor.device_mesh.get_local_rank(dimension) != 0:
                 ours = False
         return ours
-
-    def _undivided(self, module: nn.Module, dimensions: int) -> set[int]:
-        """The dimensions of an output that a row, as the options make it, is made of."""
-        adapter, options = self.adapter, self.options
-        if isinstance(adapter, OutputAdapter) and adapter.custom:
-            return set(range(1, dimensions))  # nobody knows; samples at least are whole
-        if isinstance(adapter, FeatureMapAdapter) or (
-            isinstance(adapter, OutputAdapter) and adapter.dimensions == dimensions - 2 > 0
-        ):
-            channels = 0 if adapter.dimensions == dimensions - 1 else 1
-            combined = options.conv_method != "channelwise" or options.interpolation_strategy is not None
-            return set(range(channels, dimensions if combined else channels + 1))
-        if adapter.sequence and dimensions == 3 and options.timeseries_method == "last_timestep":
-            return {2, 1 if getattr(module, "batch_first", True) else 0}
-        return {dimensions - 1}
-
-
-def is_sequence(adapter: LayerAdapter, rows: Tensor) -> bool:
-    """Whether rows of three dimensions are steps of sequences, and not positions of feature maps."""
-    maps = isinstance(adapter, OutputAdapter) and adapter.dimensions and rows.dim() == adapter.dimensions + 2
-    return adapter.sequence and not maps
 
 
 @dataclass(frozen=True, slots=True)

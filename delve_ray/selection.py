@@ -169,11 +169,11 @@ def select_layers(
     if layer_filter is not None:
         chosen = _filter(layer_filter, chosen, everything)
     ignored = _ignored(ignore_layer_names, default | chosen)
-    tracked = []
+    tracked, guides = [], _guides(everything)
     for name, module in everything.items():
         if name not in chosen or name in ignored or (is_convolution(module) and not include_conv):
             continue
-        adapter = adapter_for(module, on_request=True) or _adapter_by_place(name, everything)
+        adapter = adapter_for(module, on_request=True) or _adapter_by_place(guides[name])
         tracked.append(TrackedLayer(name, module, adapter, adapter.features(module, options or RowOptions())))
     if not tracked:
         raise OptionError(
@@ -272,20 +272,23 @@ def _ignored(names: object, layers: Mapping[str, nn.Module]) -> set[str]:
 # --- modules without an adapter -----------------------------------------------------------------------------
 
 
-def _adapter_by_place(name: str, everything: Mapping[str, nn.Module]) -> LayerAdapter:
-    """How to read a module of no known kind.
+def _guides(everything: Mapping[str, nn.Module]) -> dict[str, LayerAdapter | None]:
+    """For each module the adapter of the last layer of a known kind inside it, or else of the nearest one before it."""
+    guides: dict[str, LayerAdapter | None] = {}
+    nearest = None
+    for name, module in everything.items():
+        guides[name] = nearest
+        adapter = adapter_for(module)
+        if adapter is not None:
+            nearest = adapter
+            while name := name.rpartition(".")[0]:
+                guides[name] = adapter
+    return guides
 
-    As feature maps where its last layer inside, or else the nearest one before it, makes feature maps; otherwise
-    with the features last.
-    """
-    names = list(everything)
-    inside = [other for other in names if other.startswith(f"{name}.")]
-    for other in [*reversed(inside), *reversed(names[: names.index(name)])]:
-        guide = adapter_for(everything[other])
-        if guide is not None:
-            dimensions = guide.dimensions if isinstance(guide, FeatureMapAdapter) else None
-            return OutputAdapter(dimensions=dimensions or 0)
-    return OutputAdapter()
+
+def _adapter_by_place(guide: LayerAdapter | None) -> LayerAdapter:
+    """How to read a module of no known kind: as feature maps where its guide makes some, else with features last."""
+    return OutputAdapter(dimensions=guide.dimensions or 0 if isinstance(guide, FeatureMapAdapter) else 0)
 
 
 def _report_untracked(everything: Mapping[str, nn.Module], tracked: Set[str]) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
+from delve_ray.errors import Unrecordable
 from delve_ray.layers import (
     ADAPTERS,
     OutputAdapter,
     RowOptions,
-    Unrecordable,
     adapter_for,
     first_tensor,
     register_adapter,
@@ -33,7 +33,7 @@ def rows_of(module: nn.Module, output: Any, options: RowOptions = TIMESTEPWISE) 
     assert adapter is not None
     rows = adapter.rows(module, output, options)
     assert adapter.features(module, options) in (None, rows.shape[-1])
-    if adapter.sequence and rows.dim() == 3 and options.timeseries_method == "last_timestep":
+    if adapter.has_steps(rows) and rows.dim() == 3 and options.timeseries_method == "last_timestep":
         rows, _ = last_steps(rows, None)
     return rows.reshape(-1, rows.shape[-1])
 
