@@ -27,7 +27,7 @@ from delve_ray.accumulator import Accumulator
 from delve_ray.compiled import modes_are_on, tracing
 from delve_ray.errors import Unrecordable
 from delve_ray.layers import RowOptions
-from delve_ray.masks import UNKNOWN, Masks
+from delve_ray.masks import UNKNOWN, MaskFunction, Masks
 from delve_ray.memory import known_widths, too_wide, worker_bytes
 from delve_ray.rows import Reader, Sampler, first_rows, last_steps
 from delve_ray.schema import PHASES
@@ -92,14 +92,22 @@ class Recorder:
         # this lock and the sender's takes this one first.
         self.lock = threading.RLock()
         self._handles: list[RemovableHandle] = []
-        self._token, self.operators = hooks.register(self)
+        self._token, self._operators = hooks.register(self)
         try:
             for index, layer in enumerate(self.layers):
-                hook = hooks.LayerHook(self._token, index, self._readers[index], self.operators)
+                hook = hooks.LayerHook(self._token, index, self._operators, self._readers[index])
                 self._handles.append(layer.module.register_forward_hook(hook))
         except BaseException:
             self.close()
             raise
+
+    def ask_for_masks(self, models: Sequence[nn.Module], function: MaskFunction) -> None:
+        """Ask `function` for the mask at the start of every forward of these models."""
+        for index, model in enumerate(models):
+            begin = hooks.MaskHook(self._token, index, self._operators, function)
+            end = hooks.MaskEndHook(self._token, index, self._operators)
+            self._handles.append(model.register_forward_pre_hook(begin, with_kwargs=True))
+            self._handles.append(model.register_forward_hook(end, always_call=True))
 
     def start(self) -> None:
         """Record from now on.
@@ -306,5 +314,4 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.masks.close()
         hooks.forget(self._token)

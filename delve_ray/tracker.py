@@ -207,8 +207,7 @@ class SaturationTracker:
         self._recorder = Recorder(tracked, replace(options, seed=options.seed + self._source.rank))
         try:
             if mask is not None:
-                roots = [root for _, root in root_modules(modules)]
-                self._recorder.masks.attach(roots, mask, operators=self._recorder.operators)
+                self._recorder.ask_for_masks([root for _, root in root_modules(modules)], mask)
             self._store: Store
             self._store, ours = (given, False) if given is not None else join(identity, config)
             try:
