@@ -27,7 +27,9 @@ class Writer(Protocol):
     """A destination of published windows.
 
     One thread calls the methods, one at a time. A writer may raise: the store reports it under the
-    writer's name and goes on with the other writers.
+    writer's name and goes on with the other writers. Where the destination failed (OSError, such as a full
+    disk), the same call is made again until it succeeds, so writing something twice must do no harm; other
+    errors are taken for faults that time does not mend, and the window is given up after a few tries.
     """
 
     name: str

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from datetime import UTC
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,10 @@ from delve_ray.schema import (
 from delve_ray.storage import Storage
 from delve_ray.writers.base import Scalar
 
+log = logging.getLogger(__name__)
+
+_FILE_NAME = re.compile(r"([0-9]{6,})-([0-9]{10,})-([0-9]{6,})\.parquet")
+"""Attempt, window, revision."""
 _ROW_FIELDS = (
     "phase",
     "layer",
@@ -60,8 +68,12 @@ class ParquetWriter:
     A window becomes `spectra/<attempt>-<window>-<revision>.parquet`, and, for the rows that carry a
     covariance, a file of the same name in `covariances/`. The covariances come first: a crash between the
     two leaves covariances ahead of their spectra, never a spectrum without its covariance. Once a newer
-    revision is there, the files of the revisions that this writer wrote before it are deleted; what a
-    crash leaves behind is harmless, because readers take the highest revision.
+    revision is there, the files of the older ones are deleted, those of an earlier process, too: the
+    directories are listed once, before the first window. A file that cannot be deleted does not fail the
+    window; it is harmless, because readers take the highest revision, and is tried again with the next one.
+
+    What is written again, by this or by another process, replaces its own file: a window is named by its
+    revision, and user scalars `scalars/<attempt>-<hash>.parquet` by what they say.
 
     Columns are those of `delve_ray.schema`. A statistic that a row does not have is null; NaN and the
     infinities are kept. A window without rows writes nothing. Raises OSError when the storage does.
@@ -71,15 +83,15 @@ class ParquetWriter:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self._revisions: dict[tuple[int, int], set[int]] = {}
-        self._scalar_files = 0
+        self._revisions: dict[tuple[int, int], set[int]] | None = None  # on disk, as far as this writer knows
+        self._kept_files = False  # whether one could not be deleted
 
     def write(self, window: PublishedWindow) -> None:
         """Write one revision of one window; the files of its older revisions go."""
         if not window.rows:
             return
         # Noted before anything is written, so that what a failed write left behind goes with the next revision.
-        revisions = self._revisions.setdefault((window.attempt, window.window), set())
+        revisions = self._known_revisions().setdefault((window.attempt, window.window), set())
         revisions.add(window.revision)
         name = _file_name(window.attempt, window.window, window.revision)
         with_covariance = [row for row in window.rows if row.covariance is not None]
@@ -87,23 +99,42 @@ class ParquetWriter:
             # One row group per layer: whoever asks for one layer's matrix reads that one alone.
             self._put(f"covariances/{name}", covariances_table(window, with_covariance), row_group_size=1)
         self._put(f"spectra/{name}", spectra_table(window))
-        for older in [revision for revision in revisions if revision < window.revision]:
-            name = _file_name(window.attempt, window.window, older)
-            self._storage.delete(f"spectra/{name}")
-            self._storage.delete(f"covariances/{name}")
+        for older in sorted(revision for revision in revisions if revision < window.revision):
+            if not self._delete(_file_name(window.attempt, window.window, older)):
+                break
             revisions.discard(older)
 
     def write_scalars(self, scalars: list[Scalar]) -> None:
         """Write user scalars, one file per attempt and call."""
         for attempt in sorted({scalar.attempt for scalar in scalars}):
-            table = _scalars_table([scalar for scalar in scalars if scalar.attempt == attempt])
-            # The counter keeps a writer's files in order; the rest keeps restarted writers apart.
-            unique = f"{self._scalar_files:010d}-{uuid.uuid4().hex[:12]}"
-            self._scalar_files += 1
-            self._put(f"scalars/{attempt:06d}-{unique}.parquet", table)
+            own = [scalar for scalar in scalars if scalar.attempt == attempt]
+            self._put(f"scalars/{attempt:06d}-{_content_hash(own)}.parquet", _scalars_table(own))
 
     def close(self) -> None:
         """Nothing to release: every file was complete when its call returned."""
+
+    def _known_revisions(self) -> dict[tuple[int, int], set[int]]:
+        if self._revisions is None:
+            found: dict[tuple[int, int], set[int]] = {}
+            # A crash may have left covariances without their spectra.
+            for folder in ("spectra", "covariances"):
+                for attempt, window, revision in _listed(self._storage, folder):
+                    found.setdefault((attempt, window), set()).add(revision)
+            self._revisions = found
+        return self._revisions
+
+    def _delete(self, name: str) -> bool:
+        """Delete the files of a superseded revision; whether they are gone."""
+        try:
+            # In this order, because a spectrum is never without its covariance.
+            self._storage.delete(f"spectra/{name}")
+            self._storage.delete(f"covariances/{name}")
+        except (OSError, pa.ArrowException) as error:
+            if not self._kept_files:
+                log.warning("%s: superseded files stay, such as %s (%s)", self._storage.uri, name, error)
+            self._kept_files = True
+            return False
+        return True
 
     def _put(self, name: str, table: pa.Table, row_group_size: int | None = None) -> None:
         sink = pa.BufferOutputStream()
@@ -118,6 +149,17 @@ class ParquetWriter:
             write_page_checksum=True,
         )
         self._storage.write_atomic(name, sink.getvalue())
+
+
+def revisions(storage: Storage) -> dict[tuple[int, int], int]:
+    """The highest revision on disk of every window, by (attempt, window), as the names in `spectra/` tell it.
+
+    Files under other names are left out. Raises OSError when the storage does.
+    """
+    highest: dict[tuple[int, int], int] = {}
+    for attempt, window, revision in _listed(storage, "spectra"):
+        highest[attempt, window] = max(revision, highest.get((attempt, window), 0))
+    return highest
 
 
 def spectra_table(window: PublishedWindow) -> pa.Table:
@@ -174,3 +216,23 @@ def _scalars_table(scalars: Sequence[Scalar]) -> pa.Table:
 
 def _file_name(attempt: int, window: int, revision: int) -> str:
     return f"{attempt:06d}-{window:010d}-{revision:06d}.parquet"
+
+
+def _listed(storage: Storage, folder: str) -> Iterator[tuple[int, int, int]]:
+    """Attempt, window and revision of the files in a folder, by their names."""
+    for path in storage.list_files(folder, ".parquet"):
+        name = path.rpartition("/")[2]
+        if match := _FILE_NAME.fullmatch(name):
+            attempt, window, revision = map(int, match.groups())
+            if _file_name(attempt, window, revision) == name:  # no digits too many
+                yield attempt, window, revision
+
+
+def _content_hash(scalars: Sequence[Scalar]) -> str:
+    """The same for the same scalars in the same order, in every process."""
+    digest = hashlib.sha256()
+    for scalar in scalars:
+        values = [getattr(scalar, name) for name in SCALARS_SCHEMA.names if name not in ("value", "wall_time")]
+        values += [float(scalar.value).hex(), scalar.wall_time.astimezone(UTC).isoformat()]
+        digest.update(json.dumps(values).encode() + b"\n")
+    return digest.hexdigest()[:32]

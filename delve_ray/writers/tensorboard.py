@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +16,6 @@ from delve_ray.errors import OptionError
 from delve_ray.schema import F64, PublishedWindow, metric_key, window_metrics
 from delve_ray.storage import Storage
 from delve_ray.writers.base import Scalar
-
-if TYPE_CHECKING:
-    from tensorboardX.event_file_writer import EventsWriter
 
 FINEST_BIN = 0.1
 """Width of a histogram's bins in decades, where the spectrum leaves room for it."""
@@ -35,7 +34,11 @@ class TensorBoardWriter:
 
     Live revisions (`final=False`) are left out, because they would put several points on one step. A
     corrected final revision, or a restarted attempt that replays a step, adds a newer point on that step;
-    the Parquet files say which one holds.
+    the Parquet files say which one holds. So does a write that is made again because its flush failed: it
+    may add the same point twice.
+
+    An event file that was removed while it was open, or its directory, is followed by a new one. What fails
+    half-way is followed by a new file, too, because nothing can be read behind half an event.
 
     Only for local directories: an event file grows, and object stores have no growing files. Raises
     NotImplementedError for others, OptionError without the package tensorboardX, OSError when a write fails.
@@ -57,7 +60,7 @@ class TensorBoardWriter:
             ) from error
         self._new_event = event_pb2.Event
         self._directory = os.path.join(storage.local_path, "tensorboard")
-        self._file: EventsWriter | None = None
+        self._file: _EventFile | None = None
 
     def write(self, window: PublishedWindow) -> None:
         """Write a final window; a live one, or one without rows, leaves the files as they are."""
@@ -83,9 +86,9 @@ class TensorBoardWriter:
 
     def close(self) -> None:
         """Close the event file; a later write would start a new one."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
     def _event(self, step: int, wall_time: float) -> Any:
         return self._new_event(step=step, wall_time=wall_time)
@@ -94,32 +97,76 @@ class TensorBoardWriter:
         """Append events and flush: when this returns, a reader sees them."""
         if not events:
             return
-        if self._file is None:
-            self._file = _open_events(self._directory)
+        if self._file is not None and not self._file.is_there():
+            self._drop()  # what is written to a removed file, nobody sees
+        file = self._file = self._file or _EventFile(self._directory, self._event)
         try:
-            for event in events:
-                self._file.write_event(event)
-            self._file.flush()
+            file.append(events)
         except OSError:
-            # What follows a half-written record cannot be read: the next write starts a new file.
-            broken, self._file = self._file, None
-            with suppress(OSError):
-                broken.close()
+            self._drop()
             raise
 
+    def _drop(self) -> None:
+        """Let go of the open file; the next write starts a new one."""
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):
+                file.close()
+            with suppress(OSError):
+                file.remove_if_empty()
 
-def _open_events(directory: str) -> EventsWriter:
-    """A new event file in `directory`.
 
-    The class below SummaryWriter is used on purpose: SummaryWriter hands events to another thread, so that
-    its flush() may return before they are written, and rewrites tags. Its file names have a resolution of
-    one second and overwrite each other, so a suffix makes them unique, and sorts them by time of creation,
-    which is the order in which TensorBoard reads them.
+class _EventFile:
+    """A new event file in `directory`; `new_event(step, wall_time)` makes the event that names its version.
+
+    The class far below SummaryWriter is used on purpose: SummaryWriter hands events to another thread, so that
+    its flush() may return before they are written, and rewrites tags. Its file names have a resolution of one
+    second and overwrite each other, so a suffix makes them unique, and sorts them by time of creation, which
+    is the order in which TensorBoard reads them.
     """
-    from tensorboardX.event_file_writer import EventsWriter
 
-    os.makedirs(directory, exist_ok=True)
-    return EventsWriter(os.path.join(directory, "events"), f".{time.time_ns():020d}.{os.getpid()}")
+    def __init__(self, directory: str, new_event: Callable[[int, float], Any]) -> None:
+        from tensorboardX.record_writer import RecordWriter
+
+        os.makedirs(directory, exist_ok=True)
+        now = time.time_ns()
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now:020d}.{os.getpid()}"
+        self._path = os.path.join(directory, name)
+        self._records = RecordWriter(self._path)
+        self._inode = _inode(self._path)
+        self._empty = True
+        version = new_event(0, now / 1e9)
+        version.file_version = "brain.Event:2"
+        self._records.write(version.SerializeToString())
+
+    def is_there(self) -> bool:
+        """Whether the file still has its name."""
+        return self._inode is not None and _inode(self._path) == self._inode
+
+    def append(self, events: list[Any]) -> None:
+        """Append events and flush. After an OSError the file may end in half an event and is of no more use."""
+        for event in events:
+            self._records.write(event.SerializeToString())
+        self._records.flush()
+        self._empty = False
+
+    def close(self) -> None:
+        """Close the file."""
+        self._records.close()
+
+    def remove_if_empty(self) -> None:
+        """Remove a file that nothing was appended to: else every try during an outage would leave one."""
+        if self._empty and self.is_there():
+            os.unlink(self._path)
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    """Device and inode of a file; None when it is gone. While the file is open, no other one gets the same."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def spectrum_histogram(eigenvalues: F64) -> dict[str, Any] | None:

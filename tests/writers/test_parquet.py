@@ -1,12 +1,16 @@
 import math
 import os
+import shutil
+from datetime import timedelta, timezone
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
+from delve_ray.analysis import read_scalars
 from delve_ray.schema import (
     COVARIANCES_SCHEMA,
     EXTRA_STATS,
@@ -16,8 +20,8 @@ from delve_ray.schema import (
     VERSION_KEY,
 )
 from delve_ray.storage import Storage
-from delve_ray.writers.parquet import ParquetWriter, covariances_table
-from tests.windows import COVARIANCE, HOSTILE_NAMES, START, layer_row, scalar, window
+from delve_ray.writers.parquet import ParquetWriter, covariances_table, revisions
+from tests.windows import COVARIANCE, HOSTILE_NAMES, START, later, layer_row, scalar, window
 
 
 @pytest.fixture
@@ -241,17 +245,144 @@ def test_scalars_never_overwrite_each_other(storage, writer):
     ParquetWriter(storage).write_scalars([scalar(step=2), scalar(step=0, attempt=1)])  # a restarted store
 
     names = storage.list_files("scalars", ".parquet")
-    assert [name[len("scalars/") :][:17] for name in names] == [
-        "000000-0000000000",
-        "000000-0000000000",
-        "000000-0000000001",
-        "000001-0000000001",
-    ]
+    assert [name[len("scalars/") :][:7] for name in names] == ["000000-", "000000-", "000000-", "000001-"]
     table = pq.read_table(storage.path("scalars"))
     assert table.schema.equals(SCALARS_SCHEMA)
     rows = sorted((row["attempt"], row["step"], row["rank"], row["name"]) for row in table.to_pylist())
     assert rows == [(0, 0, 0, "loss"), (0, 0, 1, "acc"), (0, 1, 0, "loss"), (0, 2, 0, "loss"), (1, 0, 0, "loss")]
     assert sum(math.isnan(value) for value in table["value"].to_pylist()) == 1
+
+
+def test_scalars_written_again_replace_their_own_files(storage, writer):
+    values = [scalar(value=value, step=step) for step, value in enumerate([0.5, math.nan, math.inf, -0.0])]
+    for maker in (writer, writer, ParquetWriter(storage)):  # as after an outage, and after a crash
+        maker.write_scalars([*values, scalar(step=9, attempt=3)])
+    # The same moment in another time zone, and the same number in another type.
+    abroad = START.astimezone(timezone(timedelta(hours=5)))
+    writer.write_scalars([scalar(value=np.float64(s.value), step=s.step, wall_time=abroad) for s in values])
+
+    assert len(storage.list_files("scalars", "")) == 2
+    assert read_scalars(storage, columns=["step", "value"]).to_pylist()[2:] == [
+        {"step": 2, "value": math.inf},
+        {"step": 3, "value": -0.0},
+        {"step": 9, "value": 1.5},
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: "other"} for name in ("run", "trial", "name")),
+        *({name: 1} for name in ("rank", "step")),
+        {"value": np.nextafter(1.5, 2)},
+        {"wall_time": later(1e-6)},
+    ],
+)
+def test_scalars_that_differ_have_files_of_their_own(storage, writer, changes):
+    values = {"name": "loss", "value": 1.5, "rank": 0, "step": 0, "run": "run", "trial": None, "wall_time": START}
+    for each in (values, values | changes):
+        writer.write_scalars([scalar(step=7), scalar(**each)])
+    assert len(storage.list_files("scalars", "")) == 2
+
+
+def test_the_files_of_an_earlier_process_are_superseded(storage, monkeypatch):
+    first = ParquetWriter(storage)
+    first._revisions = {}  # it never deletes, as if it crashed before
+    for revision in (0, 3, 4):
+        first._revisions.clear()
+        first.write(window([layer_row(covariance=COVARIANCE)], revision=revision, final=False))
+    first.write(window([layer_row()], window=1, revision=2))
+    first.write(window([layer_row()], attempt=1, revision=1))
+    storage.delete("spectra/000000-0000000000-000003.parquet")  # a crash left covariances alone
+    listed = []
+    list_files = storage.list_files
+    monkeypatch.setattr(storage, "list_files", lambda *names: listed.append(names[0]) or list_files(*names))
+    restarted = ParquetWriter(storage)
+    restarted.write_scalars([scalar()])
+    restarted.write(window([], revision=9))
+    assert listed == []
+
+    restarted.write(window([layer_row()], revision=5))
+    restarted.write(window([layer_row()], window=2))
+    restarted.write(window([layer_row()], window=2, revision=1))
+    assert listed == ["spectra", "covariances"]
+    assert sorted(os.listdir(storage.path("spectra"))) == [
+        "000000-0000000000-000005.parquet",
+        "000000-0000000001-000002.parquet",
+        "000000-0000000002-000001.parquet",
+        "000001-0000000000-000001.parquet",
+    ]
+    assert os.listdir(storage.path("covariances")) == []
+
+
+def test_newer_revisions_on_disk_stay(storage):
+    ParquetWriter(storage).write(window([layer_row()], revision=7))
+    ParquetWriter(storage).write(window([layer_row()], revision=3))
+    assert revisions(storage) == {(0, 0): 7}
+    assert len(storage.list_files("spectra", "")) == 2
+
+
+def test_a_directory_that_cannot_be_listed_is_listed_again(storage, writer, monkeypatch):
+    ParquetWriter(storage).write(window([layer_row()], revision=0))
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "list_files", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            writer.write(window([layer_row()], revision=1))
+    writer.write(window([layer_row()], revision=1))
+    assert storage.list_files("spectra", "") == ["spectra/000000-0000000000-000001.parquet"]
+
+
+def test_what_cannot_be_deleted_does_not_fail_the_window(storage, writer, monkeypatch, caplog):
+    def refuse(name):
+        raise PermissionError(13, f"not to be deleted: {name}")
+
+    writer.write(window([layer_row(covariance=COVARIANCE)], revision=0))
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "delete", refuse)
+        for revision in (1, 2):
+            writer.write(window([layer_row(covariance=COVARIANCE)], revision=revision))
+    (record,) = caplog.records
+    assert "superseded files stay, such as 000000-0000000000-000000.parquet" in record.getMessage()
+    assert len(storage.list_files("spectra", "")) == 3
+    writer.write(window([layer_row(covariance=COVARIANCE)], revision=3))
+    for folder in ("spectra", "covariances"):
+        assert storage.list_files(folder, "") == [f"{folder}/000000-0000000000-000003.parquet"]
+
+
+def test_the_highest_revision_of_every_window(storage, writer):
+    assert revisions(storage) == {}
+    for name in (
+        "000000-0000000000-000002",
+        "000000-0000000000-000010",
+        "000000-0000000001-000000",
+        "000002-0000000001-000003",
+        "1000000-10000000000-1000000",
+        *("0", "spectra", "000000-0000000005", "0000000-0000000006-000000", "000000-0000000007-00000x"),
+        *("-00001-0000000008-000000", ".000000-0000000009-000000", "x000000-0000000010-000000"),
+        "٠٠٠٠٠٠-0000000011-000000",
+    ):
+        storage.write_atomic(f"spectra/{name}.parquet", b"")
+    storage.write_atomic("spectra/000000-0000000012-000000.parquet.tmp", b"")
+    storage.write_atomic("covariances/000000-0000000013-000000.parquet", b"")
+    assert revisions(storage) == {(0, 0): 10, (0, 1): 0, (2, 1): 3, (1000000, 10000000000): 1000000}
+    writer.write(window([layer_row()], attempt=5, window=6, revision=7))
+    assert revisions(storage)[5, 6] == 7
+
+
+def test_a_directory_that_went_from_a_remote_filesystem_is_made_by_the_next_try(tmp_path):
+    storage = Storage("run", filesystem=pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
+    assert not storage.is_local
+    writer = ParquetWriter(storage)
+    writer.write(window([layer_row()]))
+    shutil.rmtree(tmp_path / "run" / "spectra")
+    with pytest.raises(FileNotFoundError):
+        writer.write(window([layer_row()], window=1))
+    writer.write(window([layer_row()], window=1))
+    assert storage.list_files("spectra", "") == ["spectra/000000-0000000001-000000.parquet"]
 
 
 def test_layer_names_are_data_and_never_paths(storage, writer):

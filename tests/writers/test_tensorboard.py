@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -181,6 +182,73 @@ def test_after_a_failed_write_the_next_goes_to_a_new_file(tmp_path, writer, monk
 
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     assert points(events(tmp_path), "loss")[-1] == (2, 1.5)
+
+
+@pytest.mark.parametrize("removed", ["tensorboard", "file", "replaced"])
+def test_a_removed_event_file_is_followed_by_a_new_one(tmp_path, writer, removed):
+    writer.write_scalars([scalar(step=0)])
+    writer.write_scalars([scalar(step=1)])
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    if removed == "tensorboard":
+        shutil.rmtree(tmp_path / "tensorboard")
+    else:
+        file.unlink()
+    if removed == "replaced":  # by a copy of itself, say: still not the file that is open
+        file.write_bytes(b"")
+    writer.write(window([layer_row(stats={"saturation": 0.5})], step=2))
+    writer.write_scalars([scalar(step=3)])
+
+    read = events(tmp_path)
+    assert points(read, "saturation/train/conv1") == [(2, 0.5)]
+    assert points(read, "loss") == [(3, 1.5)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1 + (removed == "replaced")
+
+
+def test_a_file_in_the_way_of_the_directory(tmp_path, writer):
+    (tmp_path / "tensorboard").write_text("in the way")
+    for _ in range(2):
+        with pytest.raises(OSError):
+            writer.write_scalars([scalar(step=1)])
+    (tmp_path / "tensorboard").unlink()
+    writer.write_scalars([scalar(step=1)])
+    assert points(events(tmp_path), "loss") == [(1, 1.5)]
+
+
+def test_half_an_event_hides_nothing_and_tries_leave_no_files(tmp_path, writer, monkeypatch):
+    writer.write_scalars([scalar(step=0)])
+    (first,) = (tmp_path / "tensorboard").iterdir()
+    fsync = os.fsync
+
+    def fail(descriptor):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - 7)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    for _ in range(5):
+        with pytest.raises(OSError, match="No space"):
+            writer.write_scalars([scalar(step=1)])
+    assert list((tmp_path / "tensorboard").iterdir()) == [first]
+    monkeypatch.setattr(os, "fsync", fsync)
+    for step in (1, 2):
+        writer.write_scalars([scalar(step=step)])
+
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert points(events(tmp_path), "loss") == [(0, 1.5), (1, 1.5), (2, 1.5)]
+
+
+def test_a_close_that_fails_leaves_nothing_behind(tmp_path, writer, monkeypatch):
+    writer.write_scalars([scalar(step=0)])
+
+    def fail(self):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tensorboardX.record_writer.RecordWriter.close", fail)
+        with pytest.raises(OSError, match="Stale"):
+            writer.close()
+    writer.close()
+    writer.write_scalars([scalar(step=1)])
+    assert points(events(tmp_path), "loss") == [(0, 1.5), (1, 1.5)]
 
 
 def test_only_local_directories():
