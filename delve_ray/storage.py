@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 import re
 import uuid
+from collections.abc import Iterable
 from contextlib import suppress
+from typing import TypeAlias
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
 from delve_ray.errors import OptionError
+
+Data: TypeAlias = "bytes | pa.Buffer | Iterable[bytes | pa.Buffer]"
+"""What a file is written from: bytes, or pieces that are written one after the other."""
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -37,6 +42,15 @@ def absolute(savefile: str) -> str:
     return savefile if _URI.match(savefile) else os.path.abspath(savefile)
 
 
+def masked(savefile: str) -> str:
+    """A savefile for files and messages: without the password that a URI may hold.
+
+    >>> masked("s3://key:secret@bucket/run")
+    's3://key:***@bucket/run'
+    """
+    return _PASSWORD.sub(r"\1:***@", savefile)
+
+
 class Storage:
     """A directory that a run writes into and readers read from.
 
@@ -59,7 +73,7 @@ class Storage:
 
     def __init__(self, savefile: str | os.PathLike[str], filesystem: pafs.FileSystem | None = None) -> None:
         text = check_savefile(savefile)
-        self._uri = _PASSWORD.sub(r"\1:***@", text)
+        self._uri = masked(text)
         if filesystem is not None:
             self._filesystem, self._root = filesystem, text.rstrip("/") or text
         elif _URI.match(text):
@@ -142,7 +156,7 @@ class Storage:
                 "choose a directory that this process may create files in"
             ) from error
 
-    def write_atomic(self, relative: str, data: bytes | pa.Buffer) -> None:
+    def write_atomic(self, relative: str, data: Data) -> None:
         """Write a file that appears whole or not at all, and replaces one of the same name.
 
         Locally: a hidden temporary name in the same directory, fsync, rename, fsync of the directory; once
@@ -159,10 +173,15 @@ class Storage:
             self._filesystem.create_dir(parent, recursive=True)
             self._made.add(parent)
         # compression=None: pyarrow would otherwise compress by the name's extension.
-        with self._filesystem.open_output_stream(path, compression=None) as stream:
-            stream.write(data)
+        try:
+            with self._filesystem.open_output_stream(path, compression=None) as stream:
+                for piece in _pieces(data):
+                    stream.write(piece)
+        except Exception:
+            self._made.discard(parent)  # somebody may have removed it: the next try makes it anew
+            raise
 
-    def write_new(self, relative: str, data: bytes | pa.Buffer) -> bool:
+    def write_new(self, relative: str, data: Data) -> bool:
         """Like `write_atomic`, but only where there is no file of that name; False when there is one.
 
         Of several processes that try it locally at the same time one succeeds. Object stores have no such
@@ -181,8 +200,16 @@ class Storage:
 
     def read_bytes(self, relative: str) -> bytes:
         """The content of a file; FileNotFoundError when it is not there."""
+        return bytes(self.read_buffer(relative).to_pybytes())
+
+    def read_buffer(self, relative: str) -> pa.Buffer:
+        """The content of a file as an Arrow buffer; FileNotFoundError when it is not there."""
         with self.open_input(relative) as stream:
-            return bytes(stream.read())
+            return stream.read_buffer()
+
+    def move(self, relative: str, to: str) -> None:
+        """Rename a file within the directory; FileNotFoundError when it is not there."""
+        self._filesystem.move(self.path(relative), self.path(to))
 
     def exists(self, relative: str = "") -> bool:
         """Whether a file or directory is there; without a name, whether this directory is."""
@@ -208,13 +235,27 @@ class Storage:
         selector = pafs.FileSelector(self.path(relative_dir), allow_not_found=True)
         return list(self._filesystem.get_file_info(selector))
 
+    def delete_temporaries(self, relative_dir: str) -> None:
+        """Delete what a process that was killed in the middle of `write_atomic` has left in a local directory.
+
+        Only where no other process writes there.
+        """
+        for info in self._entries(relative_dir) if self.is_local else ():
+            if info.base_name.startswith(".") and info.base_name.endswith(".tmp"):
+                with suppress(OSError):
+                    self._filesystem.delete_file(info.path)
+
     def delete(self, relative: str) -> None:
         """Delete a file; that it is gone already is fine."""
         with suppress(FileNotFoundError):
             self._filesystem.delete_file(self.path(relative))
 
 
-def _write_local(path: str, data: bytes | pa.Buffer, *, replace: bool = True) -> bool:
+def _pieces(data: Data) -> Iterable[bytes | pa.Buffer]:
+    return [data] if isinstance(data, bytes | pa.Buffer) else data
+
+
+def _write_local(path: str, data: Data, *, replace: bool = True) -> bool:
     """Write through a temporary name; whatever goes wrong, nothing of it stays. Whether the file is ours."""
     parent, name = os.path.split(path)
     os.makedirs(parent, exist_ok=True)
@@ -222,7 +263,8 @@ def _write_local(path: str, data: bytes | pa.Buffer, *, replace: bool = True) ->
     temporary = os.path.join(parent, f".{name[:32]}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as stream:
-            stream.write(data)
+            for piece in _pieces(data):
+                stream.write(piece)
             stream.flush()
             os.fsync(stream.fileno())
         if replace:
