@@ -5,19 +5,25 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch.distributed
 
 from delve_ray.checks import check_integer, check_name
-from delve_ray.errors import OptionError, StoreError
+from delve_ray.errors import OptionError, ReadError, StoreError
 from delve_ray.integrations.ray_train import current_worker, resolve_savefile
 from delve_ray.recorder import RecorderOptions
-from delve_ray.storage import absolute, check_savefile
+from delve_ray.storage import Storage, absolute, check_savefile
 from delve_ray.store.core import CovarianceStore
-from delve_ray.store.protocol import Source, Store, StoreConfig
+from delve_ray.store.protocol import SNAPSHOT_EVERY_S, LayerInfo, Source, Store, StoreConfig, Welcome
+from delve_ray.store.run_file import read_run
+
+REGISTER_TIMEOUT_S = 60.0
+"""How long a worker tries to register with a store that does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +38,8 @@ class Identity:
     on_ray: bool
     rejoinable: bool
     """Whether another attempt could join this run: nobody guesses a name that was made up."""
+    resume: bool = False
+    """Whether a savefile that holds this run is gone on with."""
 
     def source(self) -> Source:
         """This worker as the store knows it."""
@@ -45,7 +53,12 @@ def ray_is_running() -> bool:
 
 
 def identify(
-    savefile: object, run: str | None, rank: int | None, world_size: int | None, settings: StoreConfig | None = None
+    savefile: object,
+    run: str | None,
+    rank: int | None,
+    world_size: int | None,
+    settings: StoreConfig | None = None,
+    resume: bool | str | None = None,
 ) -> Identity:
     """Who this worker is: what the user says, else Ray Train, else torch.distributed, else the only one.
 
@@ -57,10 +70,9 @@ def identify(
         run, world_size = run or settings.run, _or(world_size, settings.world_size)
     path = check_savefile(savefile)
     worker = current_worker()
-    token = ""
     if worker is not None:
-        path = resolve_savefile(path, worker)
-        token = worker.token
+        relative = path != (path := resolve_savefile(path, worker))
+        resume = relative if resume is None else resume  # the run's own directory: the same experiment, restarted
         run, rank, world_size = run or worker.run, _or(rank, worker.rank), _or(world_size, worker.world_size)
     elif torch.distributed.is_available() and torch.distributed.is_initialized():
         rank = _or(rank, torch.distributed.get_rank())
@@ -78,10 +90,38 @@ def identify(
             raise OptionError(
                 f"run=None with world_size={world_size}: give all ranks the same run= so that they meet in one store"
             )
+        run = _run_on_disk(path) if resume else None
+    if run is None:
         # Alone, a run needs no name that others could guess; a second one must not join the first by accident.
         run = os.path.basename(path.rstrip("/")) + (f"-{uuid.uuid4().hex[:8]}" if on_ray else "")
         rejoinable = False
-    return Identity(check_name("run", run), rank, world_size, token, path, on_ray, rejoinable)
+    token = _token(resume, world_size) if worker is None or isinstance(resume, str) else worker.token
+    resumes = bool(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
+    return Identity(check_name("run", run), rank, world_size, token, path, on_ray, rejoinable, resumes)
+
+
+def _token(resume: bool | str | None, world_size: int) -> str:
+    """What the ranks of this attempt share and those of no other have; empty where nobody tells attempts apart."""
+    if isinstance(resume, str):
+        return resume
+    if elastic := os.environ.get("TORCHELASTIC_RUN_ID"):  # torchrun counts its restarts
+        return f"{elastic}:{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    if not resume:
+        return ""
+    if world_size > 1:
+        raise OptionError(
+            f"resume=True with world_size={world_size}, and neither Ray Train nor torchrun says which workers were "
+            f"started together; give all ranks of this attempt the same name, such as resume='second'"
+        )
+    return uuid.uuid4().hex
+
+
+def _run_on_disk(savefile: str) -> str | None:
+    """The name of the run that a savefile holds; None where it holds none."""
+    try:
+        return str(read_run(Storage(savefile))["run"])
+    except (ReadError, KeyError):
+        return None
 
 
 def _or(value: int | None, default: int) -> int:
@@ -100,7 +140,8 @@ def join(identity: Identity, config: StoreConfig) -> tuple[Store, bool]:
                 f"world_size={identity.world_size} without Ray: call ray.init() before the tracker, in every rank and "
                 f"with the address of one cluster, or give a tracker to rank 0 alone, with world_size=1"
             )
-        return CovarianceStore(replace(config, silent_after=0.0)), True  # it ends with this process
+        # It ends with this process.
+        return CovarianceStore(replace(config, silent_after=0.0, snapshot_every=0.0)), True
     from delve_ray.store import actor
 
     try:
@@ -132,6 +173,8 @@ def publication(
         run=identity.run,
         savefile=identity.savefile,
         world_size=identity.world_size,
+        resume=identity.resume,
+        snapshot_every=SNAPSHOT_EVERY_S if settings is None else settings.snapshot_every,
         publish_every=publish_every,
         product_eps=float(torch.finfo(options.precision).eps),
         recording={
@@ -143,3 +186,15 @@ def publication(
             "precision": str(options.precision).removeprefix("torch."),
         },
     )
+
+
+def register(store: Store, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+    """Join the run, and wait for a store that is being restarted. Raises what `Store.register` raises."""
+    deadline = time.monotonic() + REGISTER_TIMEOUT_S
+    while True:
+        try:
+            return store.register(source, config, layers)
+        except StoreError as error:
+            if error.final or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)

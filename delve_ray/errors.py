@@ -22,6 +22,10 @@ class StoreError(DelveRayError, RuntimeError):
         self.final = final
 
 
+class UnknownSource(StoreError):
+    """The store was started anew and does not know this worker; it registers again and goes on."""
+
+
 class RegistrationError(DelveRayError, ValueError):
     """A worker does not fit the run that it wants to join (layers, world size, rank, run in use)."""
 

@@ -51,11 +51,17 @@ def known_widths(layers: Iterable[TrackedLayer]) -> list[int]:
 def worker_bytes(widths: Sequence[int]) -> int:
     """Bytes that recording layers of these widths takes at most, on the device and the host of one worker together.
 
-    For every layer the accumulators of both phases, twice (those being filled and those handed to the
-    sender), and its share of one packed delta of both phases; for all layers together one product and one
-    chunk of rows of scratch, of the widest layer.
+    For every layer the accumulators of both phases, twice (those being filled and those handed over), its share of one
+    packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together one
+    product and one chunk of rows of scratch, of the widest layer.
     """
     total = sum(4 * Accumulator.nbytes(features) + 16 * triangle_size(features) for features in widths)
     widest = max(widths, default=0)
     # Scratch exists in float32 and, for rows that float32 cannot do, in float64.
-    return total + 12 * (block_plan(widest).size + max(1 << 20, 1024 * widest)) if widest else total
+    scratch = 12 * (block_plan(widest).size + max(1 << 20, 1024 * widest)) if widest else 0
+    return total + scratch + outbox_bytes(widths)
+
+
+def outbox_bytes(widths: Sequence[int]) -> int:
+    """Bytes of packed deltas that stay in memory until they are safe: one of both phases; the rest lies on disk."""
+    return sum(16 * triangle_size(features) for features in widths)

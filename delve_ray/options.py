@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,6 +59,24 @@ def check_fraction(option: str, value: object) -> float:
     return float(value)
 
 
+def check_resume(value: object) -> bool | str | None:
+    """None, True or False, or a name that all ranks of this attempt share."""
+    if value is None or isinstance(value, bool) or (isinstance(value, str) and value):
+        return value
+    raise OptionError(
+        f"resume={value!r} must be True, False, or a name that the ranks of this attempt share and no earlier one had"
+    )
+
+
+def check_spill_dir(value: object) -> str | None:
+    """An absolute local folder, None for the system's temporary one."""
+    if value is None:
+        return None
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value) or "://" in os.fsdecode(value):
+        raise OptionError(f"spill_dir={value!r} must be a local folder")
+    return os.path.abspath(os.path.expanduser(os.fsdecode(value)))
+
+
 def check_mask_function(value: object) -> None:
     """A function of the model's inputs, or None."""
     if value is not None and not callable(value):
@@ -98,7 +117,6 @@ def check_unbuilt(options: Mapping[str, Any]) -> None:
         "reset_covariance": (True, "every window starts anew"),
         "verbose": (False, "read tracker.metrics(), or the files"),
         "max_overhead": (None, "use log_interval or sample_fraction to record less"),
-        "resume": (None, "choose another savefile for the next run"),
         "name": (None, "give a second tracker its own run="),
     }
     for option, (default, instead) in unbuilt.items():

@@ -1,8 +1,9 @@
-"""The sender: a thread per worker that takes what was recorded to the store, so that training never does.
+"""The sender: two threads per worker that take what was recorded to the store, so that training never does.
 
-The training thread only swaps accumulators (`close_window`). The sender waits for the device, packs all
-layers of a delta into one float64 buffer, and sends one delta at a time; meanwhile the rest goes on merging
-on the device. A range that was sent never changes: a delta is repeated as it is until the store has it.
+The training thread only swaps accumulators (`close_window`). The packer waits for the device and packs all layers of a
+delta into one float64 buffer. The sender offers one delta at a time until the store has it; meanwhile the rest goes on
+merging on the device, and closed windows are packed and wait in the outbox, in memory or on disk. What the store has
+merged but not saved stays there, too, and is offered again to a store that was restarted.
 """
 
 from __future__ import annotations
@@ -13,25 +14,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 
-from delve_ray.errors import StoreError
+from delve_ray.errors import StoreError, UnknownSource
+from delve_ray.memory import known_widths, outbox_bytes, worker_bytes
 from delve_ray.moments import F64
+from delve_ray.outbox import Outbox
 from delve_ray.recorder import Harvest, Recorder
 from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Ack, Delta, Source, Store, moments_size
+from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, Welcome, moments_size
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 HEARTBEAT_S = 5.0
 """Sign of life, and refresh of the metrics that `metrics(wait=False)` answers from."""
 RETRY_S = (0.1, 5.0)
 """First and longest pause before a delta is offered again to a store that did not answer."""
+TELL_S = 60.0
+"""A store that does not answer is mentioned this often."""
 
 
 @dataclass(slots=True)
@@ -43,42 +45,67 @@ class _Pending:
     closes: bool
     labelled: bool
     harvest: Harvest
+    scalars: list[Scalar]
+    complete: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return sum(accumulator.nbytes(accumulator.features) for accumulator in self.harvest.values())
 
 
 class Shipper:
-    """Sends one worker's deltas to a store.
+    """Sends one worker's deltas to a store; `rejoin` registers again with a store that was started anew.
 
-    Memory: the accumulators of one delta and its buffer; a closed window that waits for the one before it
-    keeps its accumulators. The methods may be called from any thread and do not wait, but for those that
-    take a timeout.
+    Memory: the accumulators of one delta and its buffer; what is packed, up to the outbox's bound; closed windows that
+    wait to be packed, up to what `max_memory` leaves. Beyond that the rows of a window are given up, and it says so.
+    The methods may be called from any thread and do not wait, but for those that take a timeout.
     """
 
     def __init__(
-        self, store: Store, source: Source, attempt: int, recorder: Recorder, *, publish_every: float, first_step: int
+        self,
+        store: Store,
+        source: Source,
+        welcome: Welcome,
+        recorder: Recorder,
+        outbox: Outbox,
+        rejoin: Callable[[Held], Welcome],
+        *,
+        publish_every: float,
+        first_step: int,
     ) -> None:
         self.store = store
         self.source = source
-        self.attempt = attempt
+        self.attempt = welcome.attempt
         self.recorder = recorder
+        self.outbox = outbox
         self.publish_every = publish_every
-        self.windows = 0
+        self.windows = welcome.window
+        self.sent = 0
+        """Deltas that were packed: the store has to have so many in the end."""
         self.metrics: dict[str, float] = {}
         self.lost: str | None = None
         self.leaving = False
+        self.last_ack: Ack | None = None
+        self._rejoin = rejoin
         self._next_step = first_step
-        self._seq = 0
+        self._packed_window = welcome.window
+        self._first = True  # whether the next delta is the first of its window
         self._queue: deque[_Pending] = deque()
         self._scalars: list[Scalar] = []
-        self._busy = False
+        self._packing = False
         self._stopping = False
-        self._fetched = 0
-        self._lost_steps: set[int] = set()
-        self._lost_scalars = 0
+        self._fetched = -1
         self._warned: set[tuple[int, int]] = set()
+        self._told = float("-inf")
+        self._awake = False
         # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
         self._state = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="delve_ray-sender", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._pack_all, name="delve_ray-packer", daemon=True),
+            threading.Thread(target=self._send_all, name="delve_ray-sender", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
 
     # --- called by the training --------------------------------------------------------------------------------
 
@@ -90,7 +117,17 @@ class Shipper:
         with self.recorder.lock, self._state:  # in this order everywhere: a hook has the first when a signal ends it
             harvest = self.recorder.harvest(end_of_window=True)
             label = self._next_step if step is None else step
-            self._queue.append(_Pending(self.windows, label, True, step is not None, harvest))
+            item = _Pending(self.windows, label, True, step is not None, harvest, self._take_scalars())
+            if self._queue and sum(other.nbytes for other in (*self._queue, item)) > self._limit():
+                item.harvest, item.complete = {}, False
+                log.error(
+                    "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
+                    "would exceed max_memory=%d; close fewer windows, or raise it",
+                    self.source.rank,
+                    label,
+                    self.recorder.options.max_memory,
+                )
+            self._queue.append(item)
             self.windows += 1
             self._next_step = label + 1
             self._state.notify_all()
@@ -100,8 +137,9 @@ class Shipper:
         with self.recorder.lock, self._state:
             # The end may have come while a hook had the lock.
             harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
-            if harvest:
-                self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest))
+            scalars = self._take_scalars()
+            if harvest or scalars:
+                self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest, scalars))
             self._state.notify_all()
 
     def add_scalar(self, scalar: Scalar) -> None:
@@ -110,96 +148,99 @@ class Shipper:
             self._scalars.append(scalar)
             self._state.notify_all()
 
-    def flush(self, timeout: float) -> bool:
-        """Wait until all that is queued is in the store; False when that takes longer."""
+    def _take_scalars(self) -> list[Scalar]:
+        scalars, self._scalars = self._scalars, []
+        return scalars
+
+    def _limit(self) -> int:
+        """Bytes of accumulators that may wait to be packed, above the ones that `worker_bytes` counts."""
+        return max(0, self.recorder.options.max_memory - worker_bytes(known_widths(self.recorder.layers)))
+
+    def flush(self, timeout: float, tell: Callable[[], None] | None = None, tell_every: float = 10.0) -> bool:
+        """Wait until all that is queued is in the store; False when that takes longer.
+
+        Every `tell_every` seconds of waiting `tell` is called.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._state:
+                left = deadline - time.monotonic()
+                if self._state.wait_for(lambda: self._idle() or self.lost is not None, min(left, tell_every)):
+                    return self.lost is None
+            if left <= tell_every:
+                return False
+            if tell is not None:
+                tell()
+
+    def wake(self) -> None:
+        """Ask the store at once what it has."""
         with self._state:
-            return self._state.wait_for(lambda: self._idle() or self.lost is not None, timeout) and self.lost is None
+            self._awake = True
+            self._state.notify_all()
 
     def stop(self) -> None:
-        """End the thread, whatever is queued."""
+        """End the threads, whatever is queued; what was queued is packed."""
         with self._state:
             self._stopping = True
             self._state.notify_all()
-        self._thread.join(1.0)  # it may hang in a call to the store; it ends with that
+        for thread in self._threads:
+            thread.join(1.0)  # it may hang in a call to the store; it ends with that
 
     def undelivered(self) -> str:
         """In words, what is still here."""
+        waiting = self.outbox.waiting
         with self._state:
-            steps = sorted(self._lost_steps | {item.step for item in self._queue})
-            return f"rows of steps {steps}, {len(self._scalars) + self._lost_scalars} scalars"
+            queued = list(self._queue)
+            scalars = len(self._scalars) + sum(len(i.scalars) for i in queued) + sum(len(d.scalars) for d in waiting)
+            steps = {delta.step for delta in waiting if delta.entries or delta.closes}
+            steps |= {item.step for item in queued if item.harvest or item.closes}
+        return f"rows of steps {sorted(steps)}, {scalars} scalars"
 
-    # --- the sender's thread -----------------------------------------------------------------------------------
+    # --- the packer's thread -----------------------------------------------------------------------------------
 
     def _idle(self) -> bool:
-        return not self._queue and not self._scalars and not self._busy
+        return not (self._queue or self._scalars or self._packing or self.outbox.waiting)
 
-    def _run(self) -> None:
-        next_live = time.monotonic() + self.publish_every if self.publish_every else float("inf")
-        next_heartbeat = time.monotonic() + HEARTBEAT_S
+    def _pack_all(self) -> None:
+        every = self.publish_every or threading.TIMEOUT_MAX / 2
+        next_live = time.monotonic() + every
         while True:
             with self._state:
-                wake_at = min(next_live, next_heartbeat)
                 self._state.wait_for(
-                    lambda: self._stopping or self._queue or self._scalars, max(0.0, wake_at - time.monotonic())
+                    lambda: self._stopping or self._queue or self._scalars, max(0.0, next_live - time.monotonic())
                 )
-                if self._stopping:
+                if self._stopping and not self._queue and not self._scalars:
                     return
-                live = not self._queue and time.monotonic() >= next_live
-            if live:
-                self.queue_live()
-                next_live = time.monotonic() + self.publish_every
-            with self._state:
                 item = self._queue[0] if self._queue else None
-                scalars, self._scalars = self._scalars, []
-                self._busy = bool(item or scalars)
-            self._work(item, scalars)
-            with self._state:
-                if item is not None:
-                    self._queue.popleft()
-                self._busy = False
-                self._state.notify_all()
-            if item is not None or time.monotonic() >= next_heartbeat:
-                self._heartbeat()
-                next_heartbeat = time.monotonic() + HEARTBEAT_S
-
-    def _work(self, item: _Pending | None, scalars: list[Scalar]) -> None:
-        if self.lost is not None:  # said once, where it was lost
-            self._lost_steps |= {item.step} if item else set()
-            self._lost_scalars += len(scalars)
-            return
-        try:
+                if item is None and self._scalars:
+                    item = _Pending(self.windows, self._next_step, False, False, {}, self._take_scalars())
+                    self._queue.append(item)
             if item is not None:
-                self._lost_steps.add(item.step)
-                delta, buffer = self._pack(item)
-                ack = self._persist(lambda: self.store.take(delta, buffer))
-                self._seq += 1
-                for layer, features in ack.refused:
-                    self.recorder.give_up(
-                        layer,
-                        f"it has {dict(delta.widths)[layer]} features here and {features} in other workers; a layer "
-                        f"has one width in all workers and batches (with conv_method='flatten', images of one size)",
-                    )
-                self._lost_steps.discard(item.step)
-            if scalars:
-                self._persist(lambda: self.store.add_scalars(scalars))
-                scalars.clear()
+                self._pack_next(item)
+            elif time.monotonic() >= next_live:
+                if not self.outbox.waiting:  # what was never sent goes on merging
+                    self.queue_live()
+                next_live = time.monotonic() + every
+
+    def _pack_next(self, item: _Pending) -> None:
+        self._packing = True
+        try:
+            delta, buffer = self._pack(item)
+            widths = [self.recorder.width(index) or 0 for index in range(len(self.recorder.layers))]
+            memory = outbox_bytes(widths)
+            limit = max(memory, self.recorder.options.max_memory - worker_bytes(widths) + memory)
+            self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
+            self.sent += 1
+            self._first = item.closes
+            self._packed_window = item.window + item.closes
         except Exception as error:  # the training goes on, whatever happens here
+            log.exception("rank %d: rows of step %d are lost", self.source.rank, item.step)
             self._lose(f"{type(error).__name__}: {error}")
         finally:
-            self._lost_scalars += len(scalars)
-
-    def _lose(self, why: str) -> None:
-        """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
-        self.recorder.recording = False
-        with self._state:
-            self.lost = why
-            self._state.notify_all()
-        log.error(
-            "rank %d of run %s cannot deliver its moments and records no more: %s",
-            self.source.rank,
-            self.source.run,
-            why,
-        )
+            with self._state:
+                self._queue.popleft()
+                self._packing = False
+                self._state.notify_all()
 
     def _pack(self, item: _Pending) -> tuple[Delta, F64]:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
@@ -222,15 +263,18 @@ class Shipper:
         delta = Delta(
             self.source,
             self.attempt,
-            self._seq,
+            self.sent,
             item.window,
             item.step,
             item.closes,
             item.labelled,
             tuple(entries),
             tuple(widths.items()),
+            tuple(item.scalars),
+            item.complete,
         )
-        return delta, buffer[:start]
+        # What is kept is what was filled, not what might have been.
+        return delta, buffer[:start] if 2 * start > buffer.size else buffer[:start].copy()
 
     def _warn_nonfinite(self, entries: Sequence[tuple[int, int, int, int]], item: _Pending) -> None:
         """Say which layers have non-finite rows, once per layer, phase and window however often it is flushed."""
@@ -248,32 +292,129 @@ class Shipper:
         if item.closes:
             self._warned.clear()
 
-    def _persist(self, call: Callable[[], T]) -> T:
-        """Repeat a call until the store answers; a refusal is final, silence is not."""
-        pause, longest = RETRY_S
+    # --- the sender's thread -----------------------------------------------------------------------------------
+
+    def _send_all(self) -> None:
+        next_heartbeat = time.monotonic() + HEARTBEAT_S
+        pause = 0.0
         while True:
-            try:
-                return call()
-            except StoreError as error:
-                if self._stopping or error.final:
-                    raise
-                log.warning(
-                    "rank %d: the store does not answer (%s); trying again in %.1f s", self.source.rank, error, pause
-                )
             with self._state:
-                self._state.wait_for(lambda: self._stopping, pause)
-            pause = min(2 * pause, longest)
+                self._state.wait_for(lambda: self._stopping or self.lost is not None, pause)
+                if not pause:
+                    self._state.wait_for(
+                        lambda: self._stopping or self._awake or self.outbox.waiting or self.lost is not None,
+                        max(0.0, next_heartbeat - time.monotonic()),
+                    )
+                if self._stopping or self.lost is not None:
+                    return
+            found = self.outbox.next()
+            sent = True
+            if found is not None:
+                sent = self._offer(*found)
+            if sent and (found is not None or self._awake or time.monotonic() >= next_heartbeat):
+                self._awake = False
+                self._heartbeat()
+                next_heartbeat = time.monotonic() + HEARTBEAT_S
+            with self._state:
+                self._state.notify_all()
+            pause = 0.0 if sent else min(max(2 * pause, RETRY_S[0]), RETRY_S[1])
+
+    def _offer(self, delta: Delta, buffer: F64) -> bool:
+        """Offer a delta once; whether the store has it now. A refusal is final, silence is not."""
+        try:
+            ack = self.store.take(delta, buffer)
+            self.note(ack)
+            for layer, features in ack.refused:
+                self.recorder.give_up(
+                    layer,
+                    f"it has {dict(delta.widths)[layer]} features here and {features} in other workers; a layer "
+                    f"has one width in all workers and batches (with conv_method='flatten', images of one size)",
+                )
+            if ack.late:
+                log.warning("rank %d: rows of step %d came too late and are left out", self.source.rank, delta.step)
+            return not ack.busy
+        except UnknownSource:
+            return self._register_again()
+        except StoreError as error:
+            if error.final:
+                self._lose(f"{type(error).__name__}: {error}")
+            else:
+                self._tell_silence(error)
+            return False
+        except Exception as error:  # the training goes on, whatever happens here
+            self._lose(f"{type(error).__name__}: {error}")
+            return False
+        finally:
+            self.outbox.done(delta.seq)
+
+    def note(self, ack: Ack) -> None:
+        """Note what the store has; what it has lost since is offered again."""
+        if self.outbox.acknowledge(ack):
+            log.warning("rank %d: the store was restarted; it is offered what it has not saved", self.source.rank)
+        with self._state:
+            self.last_ack = ack
+            self._told = float("-inf")
+            self._state.notify_all()
+        if ack.finished and not self.leaving and not ack.left:
+            self._lose("its store has ended the run, having heard of no worker for too long")
+
+    def _register_again(self) -> bool:
+        """The store was started anew and does not know this worker; what it still has begins with its first delta."""
+        with self._state:
+            held = self.outbox.held(self.attempt, self.sent, self._packed_window, first=self._first)
+        try:
+            self._rejoin(held)
+        except StoreError as error:
+            if not error.final:
+                self._tell_silence(error)
+                return False
+            self._lose(f"{type(error).__name__}: {error}")
+        except Exception as error:  # it is turned away: another attempt has begun
+            self._lose(f"{type(error).__name__}: {error}")
+            return False
+        self.outbox.offer_all()
+        return False
+
+    def _tell_silence(self, error: StoreError) -> None:
+        """Say that the store does not answer: at once, and then now and again."""
+        now = time.monotonic()
+        if now - self._told >= TELL_S:
+            self._told = now
+            log.warning(
+                "rank %d: the store does not answer (%s); what it has not got waits here: %s",
+                self.source.rank,
+                error,
+                self.outbox.status(),
+            )
+
+    def _lose(self, why: str) -> None:
+        """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
+        self.recorder.recording = False
+        with self._state:
+            if self.lost is not None:
+                return
+            self.lost = why
+            self._state.notify_all()
+        log.error(
+            "rank %d of run %s cannot deliver its moments and records no more: %s",
+            self.source.rank,
+            self.source.run,
+            why,
+        )
 
     def _heartbeat(self) -> None:
         """Say that this worker lives; fetch the metrics when a new window has been published."""
-        if self.lost is not None:
-            return
         try:
-            ack: Ack = self.store.heartbeat(self.source)
+            ack = self.store.heartbeat(self.source)
+            self.note(ack)
             if ack.published != self._fetched:
                 self.metrics = dict(self.store.progress().metrics)
                 self._fetched = ack.published
-            if ack.finished and not self.leaving:
-                self._lose("its store has ended the run, having heard of no worker for too long")
-        except Exception as error:  # the next delta will show whether the store is there
+        except UnknownSource:
+            self._register_again()
+        except StoreError as error:
+            if error.final:
+                self._lose(f"{type(error).__name__}: {error}")
             log.debug("heartbeat: %s", error)
+        except Exception as error:
+            self._lose(f"{type(error).__name__}: {error}")

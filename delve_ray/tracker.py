@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from types import TracebackType
 from typing import Any, SupportsFloat
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from delve_ray.checks import check_flag, check_integer, check_name, check_seconds
-from delve_ray.connect import given_store, identify, join, publication
+from delve_ray.connect import given_store, identify, join, publication, register
 from delve_ray.errors import OptionError, StoreError
 from delve_ray.masks import MaskFunction, check_mask
 from delve_ray.memory import fit_memory
@@ -27,15 +28,19 @@ from delve_ray.options import (
     check_mask_function,
     check_max_samples,
     check_precision,
+    check_resume,
     check_rows,
+    check_spill_dir,
     check_unbuilt,
 )
+from delve_ray.outbox import Outbox, spill_folder
 from delve_ray.recorder import Recorder, RecorderOptions
 from delve_ray.selection import LayerFilter, Modules, root_modules, select_layers
 from delve_ray.shipping import Shipper
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.store.protocol import LayerInfo, Store
-from delve_ray.waiting import leave, wait_published
+from delve_ray.undelivered import keep_undelivered
+from delve_ray.waiting import TELL_S, leave, wait_published
 from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
 
@@ -105,7 +110,13 @@ class SaturationTracker:
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
         max_memory: Bytes that recording may take in this worker while the store takes what it is sent; checked here,
             and for layers whose width only a forward tells, there: such a layer is left out with a warning.
-        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, max_overhead, resume, name: Understood;
+        resume: True goes on with the run that the savefile holds, as its next attempt; a name does so for ranks that
+            nobody else tells apart from those of the attempt before: all ranks of this attempt give the same, and no
+            earlier one had it. By default a savefile that holds a run is refused, but for a Ray Train run or a
+            torchrun that is restarted. Windows that the new attempt closes replace those of the same step.
+        spill_dir: Local folder for what waits for the store and does not fit `max_memory`; by default one under the
+            system's temporary folder.
+        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, max_overhead, name: Understood;
             whatever differs from today's behaviour raises NotImplementedError.
 
     Raises:
@@ -163,7 +174,8 @@ class SaturationTracker:
         mask: MaskFunction | None = None,
         sample_fraction: float = 1.0,
         seed: int = 0,
-        resume: object = None,
+        resume: bool | str | None = None,
+        spill_dir: str | os.PathLike[str] | None = None,
         name: str | None = None,
     ) -> None:
         check_unbuilt(locals())
@@ -181,6 +193,7 @@ class SaturationTracker:
         live = check_seconds("publish_every", publish_every)
         first_step = check_integer("initial_epoch", initial_epoch, at_least=0)
         check_mask_function(mask)
+        spill = check_spill_dir(spill_dir)
         selected = select_layers(
             modules,
             layers=layers,
@@ -192,7 +205,7 @@ class SaturationTracker:
         tracked = fit_memory(selected, max_features=options.max_features, max_memory=options.max_memory)
         given = None if store is None else given_store(store)
         settings = given.settings() if given is not None else None
-        identity = identify(savefile, run, rank, world_size, settings)
+        identity = identify(savefile, run, rank, world_size, settings, check_resume(resume))
         config = publication(identity, settings, options, publish_every=live)
         if check_flag("nosave", nosave):
             config = replace(config, save_to=())
@@ -212,7 +225,7 @@ class SaturationTracker:
             self._store, ours = (given, False) if given is not None else join(identity, config)
             try:
                 infos = [LayerInfo(layer.name, layer.layer_type, layer.features) for layer in tracked]
-                attempt = self._store.register(self._source, config, infos).attempt
+                welcome = register(self._store, self._source, config, infos)
             except BaseException:
                 if ours:
                     self._store.abandon()
@@ -220,8 +233,17 @@ class SaturationTracker:
         except BaseException:
             self._recorder.close()
             raise
+        self._config, self._infos = config, infos
+        outbox = Outbox(config, infos, spill_folder(config.run, self._source.source, spill))
         self._shipper = Shipper(
-            self._store, self._source, attempt, self._recorder, publish_every=live, first_step=first_step
+            self._store,
+            self._source,
+            welcome,
+            self._recorder,
+            outbox,
+            partial(self._store.register, self._source, config, infos),
+            publish_every=live,
+            first_step=first_step,
         )
         # After an exception the run stays open for the next attempt, where there can be one.
         self._rejoinable = store is not None or (identity.on_ray and identity.rejoinable)
@@ -372,25 +394,29 @@ class SaturationTracker:
             return
         self._closed = True
         deadline = time.monotonic() + timeout
+        safe = False
         try:
             self._recorder.close()
             if completed and self._recorder.phases():
                 self._shipper.close_window(None)
             elif self._recorder.phases():
                 self._shipper.queue_live()
-            delivered = self._shipper.flush(timeout)
-            if not delivered:
-                log.error(
-                    "rank %d of run %s ends without having delivered %s (%s)",
-                    self._source.rank,
-                    self._source.run,
-                    self._shipper.undelivered(),
-                    self._shipper.lost or f"the store took more than {timeout:g} s",
-                )
-            leave(self._shipper, deadline, completed=completed and delivered, rejoinable=self._rejoinable)
+            if self._shipper.flush(timeout, self._tell_waiting, TELL_S):
+                safe = leave(self._shipper, deadline, completed=completed, rejoinable=self._rejoinable)
         finally:  # also when Ctrl-C ends the waiting
             self._shipper.stop()
+            if not safe:
+                keep_undelivered(self._shipper, self._config.savefile)
+            self._shipper.outbox.clear()
             atexit.unregister(self.close)
+
+    def _tell_waiting(self) -> None:
+        log.warning(
+            "rank %d of run %s waits for its store, which has not got: %s",
+            self._source.rank,
+            self._source.run,
+            self._shipper.undelivered(),
+        )
 
     def _check_open(self, method: str) -> None:
         if self._closed:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 import time
 
-from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.errors import DelveRayError, StoreError, UnknownSource
 from delve_ray.shipping import Shipper
 from delve_ray.store.protocol import Progress, Store
 
 log = logging.getLogger(__name__)
+
+TELL_S = 10.0
+"""A wait at the end says this often what it waits for."""
+_PAUSE_S = (0.01, 0.5)
+"""First and longest pause between two questions to the store."""
 
 
 def wait_published(store: Store, run: str, windows: int, deadline: float, timeout: float) -> Progress:
@@ -18,41 +23,96 @@ def wait_published(store: Store, run: str, windows: int, deadline: float, timeou
     Raises StoreError after the deadline, which is `timeout` seconds after the start, naming the missing ranks.
     """
     pause = 0.005
-    while (progress := store.progress(timeout)).published < windows:
+    progress, problem = None, ""
+    while True:
+        try:
+            progress = store.progress(timeout)
+            if progress.published >= windows:
+                return progress
+        except StoreError as error:
+            if error.final:
+                raise
+            problem = f"; {error}"
         if time.monotonic() >= deadline:
+            if progress is None:
+                raise StoreError(f"run {run!r} did not answer within {timeout:g} s{problem}")
             raise StoreError(
                 f"window {progress.published} of run {run!r} is not published after {timeout:g} s: "
                 f"ranks {list(progress.missing)} have not closed it; every rank calls add_saturations() as often"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
-    return progress
 
 
-def leave(shipper: Shipper, deadline: float, *, completed: bool, rejoinable: bool) -> None:
+def leave(shipper: Shipper, deadline: float, *, completed: bool, rejoinable: bool) -> bool:
     """Take leave of the store; the last rank waits for the files and releases it.
 
-    A rank that has not `completed` leaves its window open for the next attempt where there can be one.
+    A rank that has not `completed` leaves its window open for the next attempt where there can be one. Any rank waits
+    until what it has sent survives a loss of the store. Returns whether that was so before the deadline.
     """
-
-    def left() -> float:
-        return max(1.0, deadline - time.monotonic())
-
-    store, source = shipper.store, shipper.source
     shipper.leaving = True  # from now on a run that has ended is no surprise
+    if not completed and rejoinable:
+        _show(shipper, deadline)  # the store may end with this process
+    pause, tell_at = _PAUSE_S[0], time.monotonic() + TELL_S
+    problem = "the store does not answer"
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            if _left(shipper, max(1.0, left), completed=completed or not rejoinable):
+                return True
+            problem = "the store has not saved what it has"
+        except UnknownSource:
+            problem = "the store was started anew"
+            shipper.wake()
+        except DelveRayError as error:
+            problem = str(error)
+            if getattr(error, "final", True):
+                log.error(
+                    "rank %d of run %s left without an answer: %s", shipper.source.rank, shipper.source.run, error
+                )
+                return False
+        if left <= 0:
+            log.error(
+                "rank %d of run %s did not take leave in time: %s", shipper.source.rank, shipper.source.run, problem
+            )
+            return False
+        if time.monotonic() >= tell_at:
+            tell_at += TELL_S
+            log.warning(
+                "rank %d of run %s waits to take leave, %.0f s more: %s",
+                shipper.source.rank,
+                shipper.source.run,
+                left,
+                problem,
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _PAUSE_S[1])
+
+
+def _left(shipper: Shipper, left: float, *, completed: bool) -> bool:
+    """Ask once; whether nothing more is to be waited for."""
+    store = shipper.store
+    ack = store.leave(shipper.source, completed=completed, sent=shipper.sent, timeout=left)
+    shipper.note(ack)
+    if not ack.left:
+        return False
+    if not ack.finished:
+        shipper.metrics = dict(store.progress(left).metrics)
+        return ack.saved
+    done = store.wait_finished(min(left, TELL_S))
+    progress = store.progress(left)
+    shipper.metrics = dict(progress.metrics)
+    if not done:
+        raise StoreError(f"the files are not complete yet ({'; '.join(progress.problems) or 'publishing'})")
+    for problem in progress.problems:
+        log.error("run %s: %s", shipper.source.run, problem)
+    store.end()
+    return True
+
+
+def _show(shipper: Shipper, deadline: float) -> None:
+    """Publish what the open window has so far."""
     try:
-        if not completed and rejoinable:
-            store.flush(left())  # the store may end with this process
-        shipper.metrics = dict(store.progress(left()).metrics)
-        if not store.leave(source, completed=completed or not rejoinable, timeout=left()).finished:
-            return
-        if not store.wait_finished(left()):
-            log.error("run %s: the files are not complete in time; its store goes on", source.run)
-            return
-        progress = store.progress(left())
-        shipper.metrics = dict(progress.metrics)
-        for problem in progress.problems:
-            log.error("run %s: %s", source.run, problem)
-        store.end()
+        shipper.store.flush(max(1.0, deadline - time.monotonic()))
     except DelveRayError as error:
-        log.error("rank %d of run %s left without an answer: %s", source.rank, source.run, error)
+        log.error("run %s: its open window could not be published: %s", shipper.source.run, error)

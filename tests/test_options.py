@@ -168,7 +168,6 @@ def test_defaults_pass() -> None:
         ("reset_covariance", False, "window"),
         ("verbose", True, "tracker.metrics()"),
         ("max_overhead", 0.02, "log_interval"),
-        ("resume", "must", "savefile"),
         ("name", "teacher", "run="),
     ],
 )

@@ -11,7 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,9 +29,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from delve_ray.errors import DelveRayError, StoreError
 from delve_ray.moments import F64
+from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
-from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome
-from delve_ray.writers.base import Scalar
+from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.saving import Saver
 
 log = logging.getLogger(__name__)
 
@@ -41,24 +44,62 @@ FIND_TIMEOUT_S = 60.0
 """How long a rank other than 0 waits for rank 0 to start the store."""
 UNUSED_AFTER_S = 3600.0
 """How long a store that a driver started waits for its first worker."""
+READY_TIMEOUT_S = 10.0
+"""How long a call waits for a store that is being restored, before the caller is told to ask again."""
+FINISH_TIMEOUT_S = 3600.0
+"""How long the store of a run that has ended tries to write what its writers could not."""
 LINGER_S = 30.0
 """How long a finished store answers questions before it ends by itself, if nobody ends it."""
 
 
 class StoreActor:
-    """A `CovarianceStore` in a process of its own. Its methods are those of `protocol.Store` and of the store."""
+    """A `CovarianceStore` in a process of its own. Its methods are those of `protocol.Store` and of the store.
+
+    Ray starts it anew when its process or its node is lost; it then goes on from its last snapshot.
+    """
 
     def __init__(self, config: StoreConfig) -> None:
-        self._store = CovarianceStore(config)
+        saver = Saver(Storage(config.savefile), config.snapshot_every) if has_snapshots(config) else None
+        self._core = CovarianceStore(config, saver=saver, finish_timeout=FINISH_TIMEOUT_S)
+        self._ready = threading.Event()
+        self._problem = "the store is being restored"
+        if saver is not None and _was_restarted():
+            threading.Thread(target=self._restore, name="delve_ray-restore", daemon=True).start()
+        else:
+            self._ready.set()
         threading.Thread(target=self._end_when_finished, name="delve_ray-reaper", daemon=True).start()
+
+    @property
+    def _store(self) -> CovarianceStore:
+        if not self._ready.wait(READY_TIMEOUT_S):
+            raise StoreError(self._problem)
+        return self._core
+
+    def _restore(self) -> None:
+        """Go on where the process before this one was, as soon as the storage lets us."""
+        pause = 0.5
+        while True:
+            try:
+                if not self._core.restore():
+                    log.error("run %s: its store was started anew and found no snapshot", self._core.config.run)
+                break
+            except Exception as error:  # an actor whose constructor fails is gone for good
+                self._problem = f"the store cannot be restored: {error}"
+                log.exception("run %s: %s; trying again", self._core.config.run, self._problem)
+                time.sleep(pause)
+                pause = min(2 * pause, 30.0)
+        self._core.config = replace(self._core.config, resume=True)
+        self._ready.set()
 
     def settings(self) -> StoreConfig:
         """See `protocol.Store.settings`."""
         return self._store.settings()
 
-    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+    def register(
+        self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
+    ) -> Welcome:
         """See `protocol.Store.register`."""
-        return self._store.register(source, config, layers)
+        return self._store.register(source, config, layers, held)
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """See `protocol.Store.take`. The buffer is a view of Ray's object store; it is read, never kept."""
@@ -68,10 +109,6 @@ class StoreActor:
         """See `protocol.Store.heartbeat`."""
         return self._store.heartbeat(source)
 
-    def add_scalars(self, scalars: list[Scalar]) -> None:
-        """See `protocol.Store.add_scalars`."""
-        self._store.add_scalars(scalars)
-
     def progress(self) -> Progress:
         """See `protocol.Store.progress`."""
         return self._store.progress()
@@ -80,9 +117,9 @@ class StoreActor:
         """See `CovarianceStore.abandon`."""
         return self._store.abandon()
 
-    def leave(self, source: Source, *, completed: bool) -> Ack:
+    def leave(self, source: Source, *, completed: bool, sent: int) -> Ack:
         """See `protocol.Store.leave`."""
-        return self._store.leave(source, completed=completed)
+        return self._store.leave(source, completed=completed, sent=sent)
 
     def covariance(self, layer: str, phase: str) -> F64:
         """See `CovarianceStore.covariance`."""
@@ -104,17 +141,17 @@ class StoreActor:
         """A detached actor lives until somebody ends it; when all workers were stopped, it must do so itself."""
         me = ray.get_runtime_context().current_actor
         unused_until = time.monotonic() + UNUSED_AFTER_S
-        while not self._store.finished:
+        while not self._core.finished:
             time.sleep(1.0)
-            if not self._store.joined and time.monotonic() > unused_until:
-                self._store.abandon()
-        time.sleep(LINGER_S if self._store.joined else 0.0)
+            if not self._core.joined and time.monotonic() > unused_until:
+                self._core.abandon()
+        time.sleep(LINGER_S if self._core.joined else 0.0)
         ray.kill(me, no_restart=True)
 
 
 _GROUPS = {
     "intake": ("take",),
-    "control": ("register", "abandon", "leave", "add_scalars"),
+    "control": ("register", "abandon", "leave"),
     "query": ("settings", "heartbeat", "progress", "covariance", "spectrum", "status"),
     "wait": ("flush",),
 }
@@ -128,7 +165,19 @@ def _remote_class() -> Any:
         for name in methods:
             setattr(StoreActor, name, ray.method(concurrency_group=group)(getattr(StoreActor, name)))
     remote: Any = ray.remote  # its type knows no concurrency groups
-    return remote(num_cpus=0, max_restarts=0, concurrency_groups=_GROUP_THREADS)(StoreActor)
+    return remote(num_cpus=0, max_restarts=-1, concurrency_groups=_GROUP_THREADS)(StoreActor)
+
+
+def _was_restarted() -> bool:
+    """Whether Ray has started this actor before, and it was lost."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, about what it calls inside
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
+def has_snapshots(config: StoreConfig) -> bool:
+    """Whether a run's store is saved: it writes files, and snapshots were not turned off."""
+    return bool(config.save_to) and config.snapshot_every > 0
 
 
 def actor_name(run: str) -> str:
@@ -176,30 +225,38 @@ class RemoteStore:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self._put: tuple[tuple[str, int], Any] | None = None
 
     def settings(self) -> StoreConfig:
         """See `protocol.Store.settings`."""
         settings: StoreConfig = self._call("settings")
         return settings
 
-    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+    def register(
+        self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
+    ) -> Welcome:
         """See `protocol.Store.register`."""
-        welcome: Welcome = self._call("register", source, config, layers)
+        welcome: Welcome = self._call("register", source, config, layers, held)
         return welcome
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
-        """See `protocol.Store.take`."""
-        ack: Ack = self._call("take", delta, buffer)
+        """See `protocol.Store.take`.
+
+        The buffer lies in Ray's object store once, however often the delta is offered: what a store that has stopped
+        has not answered still refers to it.
+        """
+        key = (delta.source.source, delta.seq)
+        if self._put is None or self._put[0] != key:
+            self._put = None  # frees the one before, before there is another
+            self._put = key, self._try("take", lambda: ray.put(buffer))
+        ack: Ack = self._call("take", delta, self._put[1])
+        self._put = None
         return ack
 
     def heartbeat(self, source: Source) -> Ack:
         """See `protocol.Store.heartbeat`."""
         ack: Ack = self._call("heartbeat", source)
         return ack
-
-    def add_scalars(self, scalars: list[Scalar]) -> None:
-        """See `protocol.Store.add_scalars`."""
-        self._call("add_scalars", scalars)
 
     def progress(self, timeout: float = CALL_TIMEOUT_S) -> Progress:
         """See `protocol.Store.progress`."""
@@ -211,9 +268,9 @@ class RemoteStore:
         if self._call("abandon"):
             self.end()
 
-    def leave(self, source: Source, *, completed: bool, timeout: float) -> Ack:
+    def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
         """See `protocol.Store.leave`."""
-        ack: Ack = self._call("leave", source, completed=completed, call_timeout=timeout)
+        ack: Ack = self._call("leave", source, completed=completed, sent=sent, call_timeout=timeout)
         return ack
 
     def status(self) -> dict[str, Any]:
@@ -242,11 +299,19 @@ class RemoteStore:
             ray.kill(self.handle, no_restart=True)
 
     def _call(self, method: str, *args: Any, call_timeout: float = CALL_TIMEOUT_S, **kwargs: Any) -> Any:
-        """Call and wait; what the store raises comes out as itself, Ray's own troubles as StoreError."""
+        """Call and wait for the answer."""
+
+        def call() -> Any:
+            return ray.get(getattr(self.handle, method).remote(*args, **kwargs), timeout=call_timeout)
+
+        return self._try(method, call)
+
+    def _try(self, method: str, call: Callable[[], Any]) -> Any:
+        """Do what needs Ray; what the store raises comes out as itself, Ray's own troubles as StoreError."""
         if not ray.is_initialized():  # calling an actor would start a new cluster
             raise StoreError("Ray was shut down before the tracker was closed", final=True)
         try:
-            return ray.get(getattr(self.handle, method).remote(*args, **kwargs), timeout=call_timeout)
+            return call()
         except RayTaskError as error:
             cause = error.cause
             if isinstance(cause, DelveRayError | NotImplementedError | KeyError):
@@ -257,6 +322,6 @@ class RemoteStore:
         except (ActorDiedError, RayActorError) as error:
             raise StoreError(f"the store's process has ended: {error}", final=True) from error
         except GetTimeoutError:
-            raise StoreError(f"the store did not answer {method} within {call_timeout:.0f} s") from None
-        except Exception as error:  # Ray's own, such as a failed submission while it shuts down
+            raise StoreError(f"the store did not answer {method} in time") from None
+        except Exception as error:  # Ray's own, such as a failed submission while it shuts down, or a full object store
             raise StoreError(f"calling the store failed in {method}: {type(error).__name__}: {error}") from error

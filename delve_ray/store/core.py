@@ -1,11 +1,12 @@
 """The covariance store: a plain thread-safe class, used in-process and behind the Ray actor.
 
-Deltas are merged under a lock per layer; bookkeeping is done under one lock that is never held while merging,
-decomposing or writing. The publisher's thread turns complete windows (and, every `publish_every` seconds, open
-ones) into rows; each writer has a thread of its own behind it.
+Deltas are merged under a lock per layer; bookkeeping is done under one lock that is never held while merging, packing,
+decomposing, writing or reading files. The publisher's thread turns complete windows (and, every `publish_every`
+seconds, open ones) into rows; each writer has a thread of its own behind it; the saver's thread writes snapshots.
 
-Memory: 4d² bytes per layer and phase of each open window, and 4d² more for the last published window, which
-answers `covariance` and `spectrum`.
+Memory: 4d² bytes per layer and phase of each open window, twice that while it is published live or saved, and 4d²
+more for the last published window, which answers `covariance` and `spectrum`. A window that waits for a late rank lies
+in a file.
 """
 
 from __future__ import annotations
@@ -15,39 +16,41 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from delve_ray import spectrum
-from delve_ray.errors import DeltaRefused, OptionError, RegistrationError, StoreError
+from delve_ray.errors import DeltaRefused, ReadError, StoreError, UnknownSource
 from delve_ray.moments import F64, unpack_triangle
-from delve_ray.schema import PHASES
 from delve_ray.storage import Storage
-from delve_ray.store.description import config_difference, describe_run, layer_difference
-from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
-from delve_ray.store.publisher import Latest, Publisher
-from delve_ray.store.window import Job, Window, check_delta
-from delve_ray.writers import make_writers
+from delve_ray.store import answers, registration
+from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
+from delve_ray.store.door import check_delta, check_source, check_total, refusal
+from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
+from delve_ray.store.publisher import Publisher
+from delve_ray.store.run_file import RunFile
+from delve_ray.store.saving import Saver, load_window
+from delve_ray.store.state import Frozen, State, freeze, freeze_window
+from delve_ray.store.window import Cut, Entry, Job, Window
 from delve_ray.writers.base import Scalar, Writer
+from delve_ray.writers.parquet import revisions
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(slots=True)
-class _Member:
-    """A registered source and what the store has of it."""
-
-    source: Source
-    next_seq: int = 0
-    next_window: int = 0
-    heard: float = field(default_factory=time.monotonic)
-    left: bool = False
-    # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
-    lock: threading.Lock = field(default_factory=threading.Lock)
+UNWRITTEN_BYTES = 256 << 20
+"""Moments of complete windows that are kept until every writer has written them; of older ones the rows remain, in the
+queue of the writer that is behind."""
+FINISH_TIMEOUT_S = 60.0
+"""How long the writers may take to write what is queued when the run ends."""
+SAVE_TIMEOUT_S = 30.0
+"""How long a registration waits until it is saved; after that it goes on without."""
 
 
 class CovarianceStore:
     """Merges the moments of all workers of one run in float64 and publishes each window when it is complete.
+
+    With `saver`, what it has survives it: workers keep what no snapshot has. Without, it lives and dies with the
+    process of its one worker.
 
     Example:
         >>> import tempfile, numpy as np
@@ -55,31 +58,46 @@ class CovarianceStore:
         >>> store = CovarianceStore(config)
         >>> source = Source("doc", token="", rank=0, source="a", host="localhost", pid=1)
         >>> store.register(source, config, [LayerInfo("fc", "Linear", 1)])
-        Welcome(attempt=0)
+        Welcome(attempt=0, window=0)
         >>> entries = ((0, 0, 4, 0),)  # layer, phase, observations, non-finite rows
         >>> delta = Delta(source, attempt=0, seq=0, window=0, step=0, closes=True, labelled=True, entries=entries)
-        >>> store.take(delta, np.array([1.5, 8.0])).merged  # mean, scatter
+        >>> moments = np.array([1.5, 8.0])  # mean, scatter
+        >>> store.take(delta.sealed(moments), moments).merged
         True
-        >>> store.leave(source, completed=True).finished, store.wait_finished(10)
+        >>> store.leave(source, completed=True, sent=1).finished, store.wait_finished(10)
         (True, True)
         >>> store.covariance("fc", "train")
         array([[2.]])
     """
 
-    def __init__(self, config: StoreConfig, *, writers: Sequence[Writer] | None = None) -> None:
+    def __init__(
+        self,
+        config: StoreConfig,
+        *,
+        writers: Sequence[Writer] | None = None,
+        saver: Saver | None = None,
+        finish_timeout: float = FINISH_TIMEOUT_S,
+    ) -> None:
         self.config = config
+        self.layers: list[LayerInfo] = []
+        self.attempts: list[Attempt] = []  # the current one last, and the one before it
+        self.tokens: list[str | None] = []  # of all attempts, by number; None of one that nobody knows
+        self.publisher: Publisher | None = None
+        self.saver = saver
+        self.counts = {"refused": 0, "late": 0, "repeated": 0}
+        self.ending: str | None = None  # why
         self._given_writers = writers
-        self._layers: list[LayerInfo] = []
-        self._attempt = -1
-        self._token: str | None = None
-        self._members: dict[int, _Member] = {}
-        self._windows: dict[int, Window] = {}
-        self._widths: dict[int, int] = {}  # of layers whose first forward tells
-        self._refused = 0
-        self._ending = False
+        self._finish_timeout = finish_timeout
+        self._run_file: RunFile | None = None
+        self._scalars: dict[tuple[str, int], tuple[Scalar, ...]] = {}  # not written yet, by source and sequence number
+        self._version = 0
+        self._merging = 0
+        self._freezing = False
         self._next_live = time.monotonic() + config.publish_every
-        self._publisher: Publisher | None = None
         self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        if saver is not None:
+            saver.start(self)
 
     # --- who takes part --------------------------------------------------------------------------------------
 
@@ -87,98 +105,153 @@ class CovarianceStore:
         """How the run is published."""
         return self.config
 
-    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
+    def register(
+        self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
+    ) -> Welcome:
         """Join the run. See `protocol.Store.register`."""
+        check_source(source, self.config.run)
         with self._lock:
-            self._check_member(source, config, layers)
-            if self._publisher is None:
+            current = self.attempts[-1] if self.attempts else None
+            known = current.members.get(source.rank) if current is not None else None
+            if self.ending is None and current is not None and known is not None and known.source == source:
+                known.heard = time.monotonic()
+                return Welcome(current.number, known.next_window)
+            registration.check(self, source, config, layers, held)
+            if self.publisher is None:
                 self._open(replace(self.config, recording=self.config.recording or config.recording), layers)
-            if self._token != source.token:
-                self._begin_attempt(source.token)
-            self._members[source.rank] = _Member(source)
-            return Welcome(self._attempt)
-
-    def _check_member(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
-        run = self.config.run
-        if self._ending:
-            raise RegistrationError(f"run {run!r} has ended; choose another run name to start a new one")
-        if difference := config_difference(self.config, config, source.rank):
-            raise RegistrationError(difference)
-        if not 0 <= source.rank < self.config.world_size:
-            raise RegistrationError(f"rank={source.rank} is not in 0 … {self.config.world_size - 1} of run {run!r}")
-        if self._layers and list(layers) != self._layers:
-            raise RegistrationError(
-                f"run {run!r} exists with other layers: {layer_difference(self._layers, layers)}; "
-                f"give this run another name, or track the same model in every worker"
-            )
-        member = self._members.get(source.rank)
-        if member is not None and self._token == source.token:
-            held = "has already left" if member.left else "is tracked already"
-            raise RegistrationError(
-                f"rank {source.rank} of run {run!r} {held} (by pid {member.source.pid} on {member.source.host}); "
-                f"give each worker its own rank=, and each training its own run="
-            )
+                current = self.attempts[-1] if self.attempts else None
+            if current is None or current.token != source.token:
+                current = self._begin_attempt(source.token, config.world_size, held)
+            member = registration.admit(current, source, held)
+            self._touch(member)
+            welcome = Welcome(current.number, member.next_window)
+        if self._run_file is not None:
+            self._run_file.write_if_changed()
+        if self.saver is not None and not self.saver.wait_saved(self._version, SAVE_TIMEOUT_S):
+            log.error("run %s: the registration of rank %d could not be saved", self.config.run, source.rank)
+        return welcome
 
     def _open(self, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
         """Prepare the savefile and start publishing; on an error nothing has been started."""
-        if not config.save_to:
-            writers: Sequence[Writer] = ()
-        elif self._given_writers is not None:
-            writers = self._given_writers
-        else:
-            storage = Storage(config.savefile)
-            storage.prepare()
-            writers = make_writers(config.save_to, storage)
-            if not storage.write_new("run.json", describe_run(config, layers)):
-                raise OptionError(
-                    f"savefile={config.savefile!r} holds a run already; choose another savefile or remove that one"
-                )
-        self.config = config
-        self._layers = list(layers)
-        self._publisher = Publisher(config, layers, writers, self._due_windows)
+        run_file, writers, state = registration.prepare(config, layers, self._given_writers, self.saver)
+        self.config, self.layers, self._run_file = config, list(layers), run_file
+        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout)
+        if state is not None:
+            self._adopt(state)
+        if run_file is not None:
+            self.tokens += [None] * (run_file.attempts - len(self.tokens))
 
-    def _begin_attempt(self, token: str) -> None:
-        """All workers were started anew: publish what the last attempt left open and begin at window 0."""
-        if self._windows:
-            open_windows = [self._windows[ordinal] for ordinal in sorted(self._windows)]
-            self._running().submit([window.job(self._attempt, final=True) for window in open_windows])
-        self._attempt += 1
-        self._token = token
-        self._members, self._windows, self._widths = {}, {}, {}
+    def restore(self) -> bool:
+        """Go on where the store of this run was that this one replaces; whether there was anything to go on from."""
+        with self._lock:
+            state = self.saver.load() if self.saver is not None and self.config.save_to else None
+            if state is None or self.publisher is not None:
+                return False
+            self._open(replace(state.config, savefile=self.config.savefile, resume=True), state.layers)
+            return True
+
+    def _adopt(self, state: State) -> None:
+        """Take over a saved state: publish again what may not have been written, each as a new revision."""
+        self.tokens, self.attempts = state.tokens, state.attempts
+        self.running().restore_metrics(state.metrics)
+        on_disk = revisions(Storage(self.config.savefile))
+        for attempt in self.attempts:
+            if self._run_file is not None:
+                self._run_file.begin_attempt(attempt.number, attempt.world_size)
+            for ordinal, window in attempt.windows.items():
+                window.revision = max(window.revision, on_disk.get((attempt.number, ordinal), -1) + 1)
+            self._submit(attempt, [w for _, w in sorted(attempt.windows.items()) if w.published and w.changed])
+            self._advance(attempt)
+        for key, scalars in state.scalars.items():
+            self._scalars[key] = scalars
+            self._write_scalars(key)
+        log.warning("run %s: its store was started anew, and goes on where it was", self.config.run)
+        self._touch()
+        if state.ending is not None:
+            self._finish(state.ending)
+
+    def _begin_attempt(self, token: str, world_size: int, held: Held | None) -> Attempt:
+        """All workers were started anew: publish what the last attempt left open and begin at window 0.
+
+        What belongs to a window that the last attempt had closed may still arrive, see `check_late`.
+        """
+        if self.attempts:
+            last = self.attempts[-1]
+            self._submit(last, [w for _, w in sorted(last.windows.items()) if not w.published or w.changed])
+        number = len(self.tokens) if held is None else held.attempt
+        self.tokens += [None] * (number + 1 - len(self.tokens))
+        self.tokens[number] = token
+        attempt = Attempt(number, token, world_size, published=0 if held is None else held.window)
+        self.attempts = [*self.attempts[-1:], attempt]
+        if self._run_file is not None:
+            self._run_file.begin_attempt(number, world_size)
+        return attempt
 
     def heartbeat(self, source: Source) -> Ack:
         """Say that the source is alive."""
         with self._lock:
-            self._member(source).heard = time.monotonic()
-            return self._ack()
+            attempt, member = self._find(source)
+            member.heard = time.monotonic()
+            return self._ack(attempt, member)
 
-    def leave(self, source: Source, *, completed: bool, timeout: float = 0.0) -> Ack:
-        """Deregister. A rank that completed counts as having closed all further windows, without rows.
+    def leave(self, source: Source, *, completed: bool, sent: int, timeout: float = 0.0) -> Ack:
+        """Deregister. See `protocol.Store.leave`.
 
-        Without `completed` (the worker ends by an exception) the run stays open for a next attempt.
+        A rank that completed counts as having closed all further windows, without rows. Without `completed` (the
+        worker ends by an exception) the run stays open for a next attempt.
         """
         with self._lock:
-            member = self._member(source)
-            member.left = member.left or completed
-            if completed:
-                for window in list(self._windows.values()):
-                    self._complete_if_closed(window)
-                if sum(m.left for m in self._members.values()) == self.config.world_size:
-                    self._finish()
-            return self._ack()
+            attempt, member = self._find(source)
+            member.heard = time.monotonic()
+            there = member.next_seq >= sent
+            if completed and there and not member.left:
+                member.left = True
+                for window in attempt.windows.values():
+                    if source.rank not in window.closed:
+                        window.touch()
+                self._touch(member)
+                self._advance(attempt)
+                if attempt is self.attempts[-1] and attempt.left == attempt.ranks:
+                    self._finish("closed")
+            if self.saver is not None and self.ending is None:
+                self.saver.hurry()
+            return replace(self._ack(attempt, member), left=member.left or (there and not completed))
 
-    def _member(self, source: Source) -> _Member:
-        member = self._members.get(source.rank)
-        if member is None or member.source != source:
-            raise DeltaRefused(
-                f"rank {source.rank} (pid {source.pid} on {source.host}) is not registered in attempt {self._attempt} "
-                f"of run {self.config.run!r}: a later attempt has begun, or the store was started anew"
-            )
-        return member
+    def _find(self, source: Source) -> tuple[Attempt, Member]:
+        for attempt in self.attempts:
+            member = attempt.members.get(source.rank)
+            if member is not None and member.source == source:
+                return attempt, member
+        number = self.tokens.index(source.token) if source.token in self.tokens else None
+        who = f"rank {source.rank} (pid {source.pid} on {source.host}) of run {self.config.run!r}"
+        if number is not None and number < len(self.tokens) - 1:
+            raise DeltaRefused(f"{who} belongs to attempt {number}, and attempt {len(self.tokens) - 1} has begun")
+        if number is not None and (member := self.attempts[-1].members.get(source.rank)) is not None:
+            raise DeltaRefused(f"{who} has been replaced by pid {member.source.pid} on {member.source.host}")
+        raise UnknownSource(f"{who} is not registered; the store was started anew")
 
-    def _ack(self, *, merged: bool = True, refused: Mapping[int, int] | None = None) -> Ack:
-        published = self._running().published(self._attempt)
-        return Ack(published, merged, self._ending, tuple((refused or {}).items()))
+    def _ack(self, attempt: Attempt, member: Member, **more: Any) -> Ack:
+        durable, saved = member.next_seq, True
+        if self.saver is not None:
+            durable, saved = self.saver.durable(member.source.source), self.saver.saved_version >= member.changed
+        return Ack(
+            attempt.published,
+            finished=self.ending is not None,
+            next_seq=member.next_seq,
+            above=tuple(sorted(member.above)),
+            durable=durable,
+            saved=saved,
+            left=member.left,
+            **more,
+        )
+
+    def _touch(self, member: Member | None = None) -> None:
+        """Note that the state has changed, by a member or otherwise, so that the saver saves it."""
+        self._version += 1
+        if member is not None:
+            member.changed = self._version
+        if self.saver is not None:
+            self.saver.notify(self._version)
 
     # --- deltas ----------------------------------------------------------------------------------------------
 
@@ -188,199 +261,331 @@ class CovarianceStore:
             return self._take(delta, buffer)
         except DeltaRefused:
             with self._lock:
-                self._refused += 1
+                self.counts["refused"] += 1
             raise
 
     def _take(self, delta: Delta, buffer: F64) -> Ack:
+        check_source(getattr(delta, "source", None), self.config.run)
         with self._lock:
-            member = self._member(delta.source)
+            member = self._find(delta.source)[1]
             member.heard = time.monotonic()
+        widths = check_delta(delta, buffer, self.config.run, self.layers)
         with member.lock:
-            if delta.seq < member.next_seq:
+            while True:
                 with self._lock:
-                    return self._ack(merged=False)
-            if delta.seq > member.next_seq:
-                raise DeltaRefused(
-                    f"delta {delta.seq} of rank {delta.source.rank} came before delta {member.next_seq}; send in order"
-                )
-            widths = check_delta(delta, buffer, self._layers)
-            with self._lock:
-                self._check_taking(delta)
-                window = self._window(delta, member)
-                # Rows of another width than elsewhere cost their layer, not all that came with it.
-                refused = {i: self._widths[i] for i, d in delta.widths if self._widths.get(i, d) != d}
-                self._widths = dict(delta.widths) | self._widths
-                entries = [
-                    None if layer in refused else window.entry(layer, phase, d)
-                    for (layer, phase, *_), d in zip(delta.entries, widths, strict=True)
-                ]
+                    admitted = self._admit(delta, widths)
+                if isinstance(admitted, Ack):
+                    return admitted
+                if isinstance(admitted, Window):  # outside of the lock: it reads a file
+                    self.unpark(admitted)
+                    continue
+                break
+            entries, refused = admitted
             ends = list(itertools.accumulate(map(moments_size, widths)))
-            for entry, start, end, (_, _, n, nonfinite) in zip(entries, [0, *ends], ends, delta.entries, strict=False):
+            starts = [0, *ends]
+            for entry, start, end, (_, _, n, nonfinite) in zip(entries, starts, ends, delta.entries, strict=False):
                 if entry is not None:
-                    entry.add(n, nonfinite, buffer[start:end])
+                    middle = start + entry.features
+                    entry.add(n, nonfinite, buffer[start:middle], buffer[middle:end])
             with self._lock:
-                member.next_seq += 1
-                window.changed = True
-                if delta.closes:
-                    member.next_window = delta.window + 1
-                    window.closed.add(delta.source.rank)
-                    self._complete_if_closed(window)
-                self._refused += bool(refused)
-                return self._ack(refused=refused)
+                return self._merged(delta, refused)
 
-    def _check_taking(self, delta: Delta) -> None:
-        """Whether the run, and this attempt of it, still goes on."""
-        self._member(delta.source)
-        if delta.attempt != self._attempt:
-            raise DeltaRefused(f"a delta of attempt {delta.attempt}, but run {self.config.run!r} is at {self._attempt}")
-        if self._ending:
+    def _admit(self, delta: Delta, widths: Sequence[int]) -> Ack | Window | tuple[list[Entry | None], dict[int, int]]:
+        """Whether a delta may be merged now: an answer, a window that has to be loaded first, or where it goes."""
+        while self._freezing:
+            self._changed.wait()
+        attempt, member = self._find(delta.source)
+        if member.has(delta.seq):
+            self.counts["repeated"] += 1
+            return self._ack(attempt, member, merged=False)
+        if delta.attempt != attempt.number:
+            raise refusal(delta, f"the run is at attempt {attempt.number}")
+        if self.ending is not None:
             raise StoreError(f"run {self.config.run!r} has ended and takes no more rows", final=True)
-
-    def _window(self, delta: Delta, member: _Member) -> Window:
-        """The open window that a delta belongs to; the first rank to close a window sets its step."""
-        rank = delta.source.rank
-        if delta.window != member.next_window:
-            raise DeltaRefused(f"rank {rank} sends window {delta.window} while its window {member.next_window} is open")
-        window = self._windows.get(delta.window)
+        member.check_window(delta)
+        late = attempt is not self.attempts[-1]
+        if delta.seq >= member.next_seq + AHEAD or (late and not check_late(delta, attempt, self.attempts[-1])):
+            return self._ack(attempt, member, merged=False, busy=True)
+        window = attempt.window(delta)
         if window is None:
-            window = self._windows[delta.window] = Window(delta.window, delta.step)
-        elif delta.labelled and window.labelled and window.step != delta.step:
-            raise DeltaRefused(
-                f"rank {rank} closes window {window.ordinal} as step {delta.step}, ranks {sorted(window.closed)} as "
-                f"step {window.step}; call add_saturations(step) with the same steps in every worker"
+            return self._leave_out(delta, attempt, member)
+        if window.parked is not None:
+            return window
+        # Rows of another width than elsewhere cost their layer, not all that came with it.
+        refused = {i: attempt.widths[i] for i, d in delta.widths if attempt.widths.get(i, d) != d}
+        entries: list[Entry | None] = []
+        for (layer, phase, n, nonfinite), d in zip(delta.entries, widths, strict=True):
+            entry = None if layer in refused else window.entries.get((layer, phase)) or Entry(d)
+            if entry is not None:
+                check_total(delta, self.layers[layer].name, entry.n, n)
+                check_total(delta, self.layers[layer].name, entry.nonfinite, nonfinite)
+                entry.reserve()
+            entries.append(entry)
+        # Nothing below fails: what is refused above has changed nothing.
+        attempt.windows.setdefault(delta.window, window)
+        attempt.widths = dict(delta.widths) | attempt.widths
+        for (layer, phase, *_), entry in zip(delta.entries, entries, strict=True):
+            if entry is not None:
+                window.entries[layer, phase] = entry
+        self._merging += 1
+        return entries, refused
+
+    def _leave_out(self, delta: Delta, attempt: Attempt, member: Member) -> Ack:
+        """Nobody waits for the window any more: the delta counts as taken, and its rows are lost, with a word."""
+        attempt.note(delta, member, None, time.monotonic())
+        self._touch(member)
+        self.counts["late"] += 1
+        self._take_scalars(delta)
+        return self._ack(attempt, member, merged=False, late=bool(delta.entries))
+
+    def _merged(self, delta: Delta, refused: Mapping[int, int]) -> Ack:
+        """Note that a delta is merged, all of it."""
+        self._merging -= 1
+        self._changed.notify_all()
+        attempt, member = self._find(delta.source)
+        attempt.note(delta, member, attempt.windows.get(delta.window), time.monotonic())
+        self._touch(member)
+        self._take_scalars(delta)
+        self.counts["refused"] += bool(refused)
+        self._advance(attempt)
+        if delta.closes and self.saver is not None:
+            self.saver.hurry()
+        return self._ack(attempt, member, refused=tuple(refused.items()))
+
+    def _take_scalars(self, delta: Delta) -> None:
+        if delta.scalars:
+            key = (delta.source.source, delta.seq)
+            self._scalars[key] = tuple(
+                replace(s, run=self.config.run, trial=self.config.trial, attempt=delta.attempt) for s in delta.scalars
             )
-        if delta.labelled or not window.labelled:
-            window.step, window.labelled = delta.step, delta.labelled
-        return window
+            self._write_scalars(key)
 
-    def _complete_if_closed(self, window: Window) -> None:
-        """Hand a window to the publisher once every rank has closed it or has left for good."""
-        left = {rank for rank, member in self._members.items() if member.left}
-        if len(window.closed | left) == self.config.world_size and self._windows.pop(window.ordinal, None) is not None:
-            window.closed |= left
-            self._running().submit([window.job(self._attempt, final=True)])
+    def _write_scalars(self, key: tuple[str, int]) -> None:
+        def written(everywhere: bool) -> None:
+            with self._lock:
+                if everywhere:
+                    self._scalars.pop(key, None)
+                    self._touch()
 
-    # --- publishing ------------------------------------------------------------------------------------------
+        self.running().write_scalars(list(self._scalars[key]), written)
 
-    def _due_windows(self) -> list[Job]:
-        """Called by the publisher now and then: ends a run that nobody is left of, and picks what to show live."""
+    # --- windows ---------------------------------------------------------------------------------------------
+
+    def _advance(self, attempt: Attempt) -> None:
+        """Publish what is complete or overdue, in the order of the windows, and drop what is settled."""
         now = time.monotonic()
+        silent_before = now - self.config.silent_after if self.config.silent_after else float("-inf")
+        for ordinal, window in sorted(attempt.windows.items()):
+            complete = not attempt.awaited(window, silent_before)
+            if not window.published:
+                overdue = window.first_closed is not None and 0 < self.config.late_after < now - window.first_closed
+                if not complete and not overdue:
+                    break
+                if missing := attempt.missing(ordinal):
+                    log.warning(
+                        "run %s: step %d is published without ranks %s, which have not closed it; what they still send "
+                        "corrects it",
+                        self.config.run,
+                        window.step,
+                        list(missing),
+                    )
+                self._submit(attempt, [window])
+            elif complete and window.changed:
+                log.info("run %s: step %d is corrected by what came late", self.config.run, window.step)
+                self._submit(attempt, [window])
+            if complete and window.published and not window.changed and not window.unwritten:
+                del attempt.windows[ordinal]
+                self._touch()
+        # What a writer is behind with stays in memory up to a bound, the newest windows first.
+        room = UNWRITTEN_BYTES
+        for ordinal, window in sorted(attempt.windows.items(), reverse=True):
+            if window.published and not window.parked and not attempt.awaited(window, silent_before):
+                room -= sum(entry.nbytes for entry in window.entries.values())
+                if room < 0:
+                    del attempt.windows[ordinal]
+
+    def _submit(self, attempt: Attempt, windows: Sequence[Window]) -> None:
+        jobs = [window.job(attempt.number, attempt.world_size, attempt.left, final=True) for window in windows]
+        self.running().submit(jobs)
+
+    def _finish(self, why: str) -> None:
+        """Publish what is open and end; nothing is taken from now on."""
+        self.ending = why
+        while self._merging:
+            self._changed.wait()
+        for attempt in self.attempts:
+            self._submit(attempt, [w for _, w in sorted(attempt.windows.items()) if w.changed or not w.published])
+        self._touch()
+        self.running().submit([], end=True)
+
+    # --- called by the publisher -----------------------------------------------------------------------------
+
+    def poll(self) -> list[Job]:
+        """Ends a run that nobody is left of, publishes what is overdue, and picks what to show live."""
+        now = time.monotonic()
+        if self._run_file is not None:
+            self._run_file.write_if_changed()
         with self._lock:
-            silence = now - max((member.heard for member in self._members.values()), default=now)
-            if 0 < self.config.silent_after < silence and not self._ending:
+            if self.ending is not None or not self.attempts:
+                return []
+            heard = [member.heard for attempt in self.attempts for member in attempt.members.values()]
+            silence = now - max(heard, default=now)
+            if 0 < self.config.silent_after < silence:
                 log.warning(
                     "run %s is ended: none of its workers was heard of for %.0f s; what had arrived is published",
                     self.config.run,
                     silence,
                 )
-                self._finish()
+                self._finish(f"none of its workers was heard of for {silence:.0f} s")
                 return []
-            if not self.config.publish_every or now < self._next_live or self._ending:
+            for attempt in self.attempts:
+                self._advance(attempt)
+            if not self.config.publish_every or now < self._next_live:
                 return []
             self._next_live = now + self.config.publish_every
             return self._live_jobs()
 
     def _live_jobs(self) -> list[Job]:
-        return [window.job(self._attempt, final=False) for window in self._windows.values() if window.changed]
+        if not self.attempts:
+            return []
+        attempt = self.attempts[-1]
+        fresh = [window for window in attempt.windows.values() if window.changed and not window.published]
+        return [w.job(attempt.number, attempt.world_size, attempt.left, final=False) for w in fresh]
 
-    def _finish(self) -> None:
-        """Publish what is open and end; nothing is taken from now on."""
-        self._ending = True
-        windows = [self._windows.pop(ordinal) for ordinal in sorted(self._windows)]
-        self._running().submit([window.job(self._attempt, final=True) for window in windows], end=True)
-
-    def _running(self) -> Publisher:
-        if self._publisher is None:
-            raise StoreError(f"run {self.config.run!r} has no worker yet; a tracker registers when it is constructed")
-        return self._publisher
-
-    def add_scalars(self, scalars: list[Scalar]) -> None:
-        """Hand user scalars to the writers."""
+    def announced(self, job: Job) -> None:
+        """A final window is decomposed, and its metrics are there."""
         with self._lock:
-            if self._ending:
-                raise StoreError(f"run {self.config.run!r} has ended and takes no scalars", final=True)
-            self._running().write_scalars(scalars, self._attempt)
+            for attempt in self.attempts:
+                if attempt.number == job.attempt:
+                    attempt.published = max(attempt.published, job.ordinal + 1)
+
+    def written(self, job: Job, everywhere: bool) -> None:
+        """Every writer has written a final window, or has given it up; then it is kept as long as there is room."""
+        with self._lock:
+            for attempt in self.attempts:
+                window = attempt.windows.get(job.ordinal)
+                if attempt.number == job.attempt and window is not None and everywhere:
+                    window.unwritten -= 1
+                    self._touch()
+                    if self.ending is None:
+                        self._advance(attempt)
+                    elif not attempt.missing(job.ordinal) and not window.unwritten:
+                        del attempt.windows[job.ordinal]
+
+    def ended(self, problems: Sequence[str]) -> None:
+        """The writers are closed: say in the files how the run has ended, and keep what a recovery would need."""
+        if self._run_file is not None:
+            self._run_file.end(self.ending or "", problems)
+        if self.saver is not None:
+            self.saver.stop()
+
+    def unpark(self, window: Window) -> None:
+        """Read a parked window's entries back; called without the lock."""
+        name = window.parked
+        if name is None:
+            return
+        try:
+            entries, lost = load_window(Storage(self.config.savefile), name), False
+        except (ReadError, OSError) as error:
+            self.running().problem(f"what had come for step {window.step} is lost: {error}")
+            entries, lost = {}, True
+        with self._lock:
+            if window.parked == name:
+                window.entries, window.parked = entries, None
+                window.broken |= window.closed if lost else set()
+
+    # --- called by the saver ---------------------------------------------------------------------------------
+
+    def freeze(self) -> Frozen:
+        """A consistent cut: every delta is in it wholly or not at all."""
+        with self._lock:
+            self._hold()
+            try:
+                metrics = {} if self.publisher is None else self.publisher.metrics()
+                state = State(self.config, self.layers, self.tokens, self.attempts, self.ending, self._scalars, metrics)
+                return freeze(state, self._version)
+            finally:
+                self._release()
+
+    def parkable(self) -> list[tuple[Window, int, list[list[int]], list[Cut]]]:
+        """Windows that are published and written, and wait for a late rank."""
+        with self._lock:
+            self._hold()
+            try:
+                return [
+                    (window, window.version, *freeze_window(window))
+                    for attempt in self.attempts
+                    for window in attempt.windows.values()
+                    if window.published and not (window.unwritten or window.changed) and window.entries
+                ]
+            finally:
+                self._release()
+
+    def parked(self, handle: Window, version: int, name: str) -> None:
+        """A window is in a file; if nothing has arrived since, its entries leave the memory."""
+        with self._lock:
+            if handle.version == version and not (handle.unwritten or handle.changed):
+                handle.entries, handle.parked = {}, name
+
+    def _hold(self) -> None:
+        """Let no delta begin to be merged, and wait for those that are; the lock is held."""
+        self._freezing = True
+        while self._merging:
+            self._changed.wait()
+
+    def _release(self) -> None:
+        self._freezing = False
+        self._changed.notify_all()
 
     # --- answers -----------------------------------------------------------------------------------------------
 
+    def running(self) -> Publisher:
+        """The publisher. Raises StoreError as long as no worker has come."""
+        if self.publisher is None:
+            raise StoreError(f"run {self.config.run!r} has no worker yet; a tracker registers when it is constructed")
+        return self.publisher
+
     def progress(self, timeout: float = 0.0) -> Progress:
         """How far publication is, with the latest metrics; the answer comes at once."""
-        publisher = self._running()
+        publisher = self.running()
         with self._lock:
-            published = publisher.published(self._attempt)
-            window = self._windows.get(published)
-            done = set(window.closed) if window else set()
-            done |= {rank for rank, member in self._members.items() if member.left}
-        missing = tuple(sorted(set(range(self.config.world_size)) - done))
+            published = self.attempts[-1].published if self.attempts else 0
+            missing = self.attempts[-1].missing(published) if self.attempts else ()
         return Progress(
-            published, publisher.finished.is_set(), missing, publisher.metrics(), tuple(publisher.problems())
+            published, publisher.finished.is_set(), missing, publisher.metrics(), tuple(answers.problems(self))
         )
 
     def covariance(self, layer: str, phase: str) -> F64:
         """The last published population covariance of a layer, float64, shape (d, d).
 
-        Raises KeyError for a layer, phase or combination of which nothing has been published.
+        Raises KeyError for a layer, phase or combination of which nothing has been published since the store was
+        started.
         """
-        latest = self._find(layer, phase)
+        latest = answers.find_latest(self, layer, phase)
         return unpack_triangle(latest.packed / max(latest.n, 1), latest.mean.size)
 
     def spectrum(self, layer: str, phase: str) -> F64:
         """The eigenvalues of `covariance`, float64, descending."""
         return spectrum.eigenvalues(self.covariance(layer, phase))
 
-    def _find(self, layer: str, phase: str) -> Latest:
-        publisher = self._running()
-        names = [info.name for info in self._layers]
-        if layer not in names:
-            raise KeyError(f"run {self.config.run!r} has no layer {layer!r}; its layers: {', '.join(names)}")
-        if phase not in PHASES:
-            raise KeyError(f"phase {phase!r} is none of {PHASES}")
-        latest = publisher.latest(names.index(layer), PHASES.index(phase))
-        if latest is None:
-            raise KeyError(f"nothing of layer {layer!r} in phase {phase!r} has been published yet")
-        return latest
-
     @property
     def finished(self) -> bool:
         """Whether everything is published and written, and the run has ended."""
-        return self._ending if self._publisher is None else self._publisher.finished.is_set()
+        return self.ending is not None if self.publisher is None else self.publisher.finished.is_set()
 
     @property
     def joined(self) -> bool:
         """Whether a worker has ever registered."""
-        return self._publisher is not None
+        return self.publisher is not None
 
     def status(self) -> dict[str, Any]:
-        """Ranks, windows, memory and writers, for people and tools."""
-        publisher = self._publisher
-        now = time.monotonic()
+        """Ranks, windows, memory, snapshots and writers, for people and tools."""
         with self._lock:
-            entries = [entry for window in self._windows.values() for entry in window.entries.values()]
-            ranks = {
-                rank: {"deltas": m.next_seq, "window": m.next_window, "silent_s": now - m.heard, "left": m.left}
-                for rank, m in sorted(self._members.items())
-            }
-            state: dict[str, Any] = {
-                "run": self.config.run,
-                "savefile": self.config.savefile,
-                "attempt": self._attempt,
-                "world_size": self.config.world_size,
-                "ranks": ranks,
-                "open_windows": sorted(self._windows),
-                "refused": self._refused,
-                "bytes": sum(entry.total.packed.nbytes for entry in entries),
-            }
-        if publisher is not None:
-            state["bytes"] += publisher.latest_bytes()
-            state["published"] = publisher.published(self._attempt)
-            state["problems"] = publisher.problems()
-            state["writers"] = [writer.status() for writer in publisher.writers]
-            state["finished"] = publisher.finished.is_set()
-        return state
+            return answers.status(self)
 
     def flush(self, timeout: float) -> bool:
         """Publish what has arrived, open windows as live rows, and wait until it is written; False if not in time."""
-        publisher = self._running()
+        publisher = self.running()
         with self._lock:
             publisher.submit(self._live_jobs())
         return publisher.flush(timeout)
@@ -388,13 +593,13 @@ class CovarianceStore:
     def abandon(self) -> bool:
         """End the run if nobody has ever joined it; whether it has ended."""
         with self._lock:
-            if self._publisher is None:
-                self._ending = True
-            return self._ending
+            if self.publisher is None:
+                self.ending = "nobody joined it"
+            return self.ending is not None
 
     def wait_finished(self, timeout: float) -> bool:
         """Wait until everything is published and written after the last `leave`."""
-        return self._running().finished.wait(timeout)
+        return self.running().finished.wait(timeout)
 
     def end(self) -> None:
         """Nothing to release: the threads end by themselves once the run has finished."""

@@ -1,42 +1,10 @@
-"""What is said about a run: run.json, and in words what distinguishes two lists of layers."""
+"""In words, what distinguishes a worker's layers and options from those of the run that it joins."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import socket
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib import metadata
 
-import numpy as np
-
-from delve_ray.schema import SCHEMA_VERSION
-from delve_ray.storage import Storage
 from delve_ray.store.protocol import SAME_FOR_ALL, LayerInfo, StoreConfig
-
-
-def describe_run(config: StoreConfig, layers: Sequence[LayerInfo]) -> bytes:
-    """run.json: versions, options, model summary, world size, and where the store is."""
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
-    for package in ("delve_ray", "torch", "ray", "pyarrow"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "run": config.run,
-        "world_size": config.world_size,
-        "created": datetime.now(UTC).isoformat(),
-        "store": {"host": socket.gethostname(), "pid": os.getpid()},
-        "options": asdict(config) | {"savefile": Storage(config.savefile).uri},  # which masks passwords
-        "layers": [asdict(layer) for layer in layers],
-        "versions": versions,
-    }
-    return json.dumps(description, indent=2).encode()
 
 
 def layer_difference(known: Sequence[LayerInfo], other: Sequence[LayerInfo]) -> str:

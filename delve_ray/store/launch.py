@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from delve_ray.checks import check_integer, check_seconds
+from delve_ray.checks import check_flag, check_integer, check_seconds
 from delve_ray.errors import OptionError
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
-from delve_ray.store.protocol import StoreConfig
+from delve_ray.store.protocol import SNAPSHOT_EVERY_S, StoreConfig
 from delve_ray.writers import check_save_to
 
 
@@ -28,13 +28,14 @@ def start_store(
     sat_threshold: float | Sequence[float] = 0.99,
     publish_every: float = 30.0,
     precision: str = "float32",
+    resume: bool = False,
 ) -> Any:
     """Start a run's store from a driver, on the driver's node, and return the actor's handle.
 
     Trackers need this only where the store should lie elsewhere than with rank 0: they find it by `run`, or
     take it as `store=`. A relative savefile is meant from the driver's working directory. The handle answers
     `covariance.remote(layer, phase)`, `spectrum.remote(layer, phase)` and `status.remote()`. The store ends with
-    its run. Ray must be initialised.
+    its run. With `resume` a savefile that holds this run is gone on with. Ray must be initialised.
 
     Raises OptionError for an option that cannot be used, NotImplementedError for `num_shards` other than 1.
     """
@@ -53,13 +54,15 @@ def start_store(
         thresholds=thresholds if len(thresholds) > 1 else (),
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=float(np.finfo(precision).eps),
+        snapshot_every=SNAPSHOT_EVERY_S,
+        resume=check_flag("resume", resume),
     )
     Storage(config.savefile)  # refuses a filesystem that pyarrow does not know
     from delve_ray.store import actor
 
     handle = actor.start(config)
     settings = actor.RemoteStore(handle).settings()
-    if replace(settings, recording={}) != config:  # the first worker says how it records
+    if replace(settings, recording={}, resume=config.resume) != config:  # the first worker says how it records
         raise OptionError(f"run={run!r} has a store already, started with {settings}; choose another run name")
     return handle
 

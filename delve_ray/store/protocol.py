@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,9 @@ from delve_ray.moments import F64, triangle_size
 from delve_ray.stat_options import check_threshold, check_thresholds, resolve_stats
 from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
+
+SNAPSHOT_EVERY_S = 10.0
+"""Seconds between snapshots of a store in a Ray cluster; they also bound what a worker has to keep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +41,12 @@ class StoreConfig:
         recording: how workers make and choose rows, by option; the first worker's where it is empty.
         publish_every: seconds between live publications of an open window, 0 for none.
         product_eps: machine epsilon of the products, below which eigenvalues are rounding.
-        silent_after: seconds without any sign of life from any source after which the run is ended, 0 for never.
+        silent_after: seconds without any sign of life from any source after which the run is ended, and from one
+            rank after which nothing waits for it any more; 0 for never.
+        late_after: seconds after the first rank has closed a window at which it is published without those that have
+            not; 0 for never.
+        snapshot_every: seconds between snapshots of what workers need not keep any longer, 0 for none.
+        resume: whether a savefile that holds this run already is continued.
 
     Raises:
         OptionError: a value that cannot be used.
@@ -54,6 +63,9 @@ class StoreConfig:
     publish_every: float = 30.0
     product_eps: float = float(np.finfo(np.float32).eps)
     silent_after: float = 300.0
+    late_after: float = 60.0
+    snapshot_every: float = 0.0
+    resume: bool = False
     trial: str | None = None
     trial_config: str | None = None
 
@@ -69,9 +81,11 @@ class StoreConfig:
             raise OptionError(f"threshold={self.threshold} is not the first of thresholds={self.thresholds}")
         check_seconds("publish_every", self.publish_every)
         check_seconds("silent_after", self.silent_after)
+        check_seconds("late_after", self.late_after)
+        check_seconds("snapshot_every", self.snapshot_every)
 
 
-SAME_FOR_ALL = ("savefile", "world_size", "save_to", "stats", "threshold", "thresholds", "product_eps", "trial")
+SAME_FOR_ALL = ("savefile", "save_to", "stats", "threshold", "thresholds", "product_eps", "trial")
 """Fields of `StoreConfig` in which a worker may not differ from the run that it joins."""
 
 
@@ -99,7 +113,8 @@ class Delta:
     mean (d) and the packed scatter (d(d+1)/2). `window` is the ordinal of the window within the attempt;
     with `closes` the source says that this was its last delta for the window. `step` is the window's label where
     the user gave it (`labelled`), otherwise a guess. `widths` are the (layer index, features) of entries whose
-    layer was registered without.
+    layer was registered without. `complete` is False where rows of this window were lost at the source. `checksum`
+    is `fingerprint` of the header and the buffer.
     """
 
     source: Source
@@ -111,27 +126,72 @@ class Delta:
     labelled: bool
     entries: tuple[tuple[int, int, int, int], ...]
     widths: tuple[tuple[int, int], ...] = ()
+    scalars: tuple[Scalar, ...] = ()
+    complete: bool = True
+    checksum: int = 0
+
+    def sealed(self, buffer: F64) -> Delta:
+        """The same header with its checksum."""
+        return replace(self, checksum=fingerprint(self, buffer))
+
+
+def fingerprint(delta: Delta, buffer: F64) -> int:
+    """CRC-32 of a delta's header and moments, by which a changed bit is noticed."""
+    return zlib.crc32(buffer, zlib.crc32(repr(replace(delta, checksum=0)).encode()))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a source that registers again still has: its first delta (`seq`) and the window that one belongs to.
+
+    `whole` says that this is the window's first delta; if not, and the store does not know the source either, the
+    source's share of the window is incomplete.
+    """
+
+    attempt: int
+    seq: int
+    window: int
+    whole: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Welcome:
-    """The store's answer to a registration."""
+    """The store's answer to a registration: the attempt's number, and the window that this rank is at."""
 
     attempt: int
+    window: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Ack:
-    """The store's answer to a delta or a sign of life; `published` counts the attempt's final windows.
+    """The store's answer to a delta or a sign of life; it says what the store has of the source.
 
-    `refused` are the (layer index, features) of layers that have this width elsewhere in the run, and whose rows were
-    left out.
+    Attributes:
+        published: the attempt's final windows.
+        merged: whether this delta was merged now; False for a repeated one.
+        finished: whether the run has ended, or ends.
+        refused: (layer index, features) of layers that have this width elsewhere in the run, and whose rows were
+            left out.
+        next_seq: the store has every delta of the source before this one.
+        above: the ones that it has beyond that.
+        durable: a restarted store will have every delta before this one.
+        saved: a restarted store will have all that this store has of the source.
+        left: the store has taken note that the source left.
+        busy: not taken now; to be offered again later.
+        late: left out, because nobody waits for its window any more.
     """
 
     published: int
     merged: bool = True
     finished: bool = False
     refused: tuple[tuple[int, int], ...] = ()
+    next_seq: int = 0
+    above: tuple[int, ...] = ()
+    durable: int = 0
+    saved: bool = True
+    left: bool = False
+    busy: bool = False
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,23 +219,25 @@ class Store(Protocol):
     def settings(self) -> StoreConfig:
         """How the run is published."""
 
-    def register(self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
-        """Join the run; raises RegistrationError when the worker does not fit it."""
+    def register(
+        self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
+    ) -> Welcome:
+        """Join the run, or, with `held`, join it again; raises RegistrationError when the worker does not fit it."""
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
-        """Merge a delta once; a repeated one is acknowledged and left out. Raises DeltaRefused."""
+        """Merge a delta once, in whatever order; a repeated one is acknowledged and left out. Raises DeltaRefused."""
 
     def heartbeat(self, source: Source) -> Ack:
-        """Say that the source is alive."""
-
-    def add_scalars(self, scalars: list[Scalar]) -> None:
-        """Hand over user scalars."""
+        """Say that the source is alive. Raises UnknownSource where the store does not know it."""
 
     def progress(self, timeout: float = 60.0) -> Progress:
         """How far publication is, with the latest metrics; the answer comes within `timeout` seconds."""
 
-    def leave(self, source: Source, *, completed: bool, timeout: float) -> Ack:
-        """Deregister, within `timeout` seconds; after the last to complete the store publishes the rest and ends."""
+    def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
+        """Deregister, within `timeout` seconds, once the store has all `sent` deltas; may be repeated.
+
+        After the last to complete the store publishes the rest and ends.
+        """
 
     def flush(self, timeout: float) -> bool:
         """Publish what has arrived, open windows as live rows, and wait until it is written; False if not in time."""

@@ -5,24 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
+from typing import Protocol
 
 from delve_ray.moments import F64
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import WriterThread, layer_row
-from delve_ray.store.window import Job
+from delve_ray.store.publishing import layer_row
+from delve_ray.store.window import Job, Window
+from delve_ray.store.writing import WriterThread
 from delve_ray.writers.base import Scalar, Writer
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 """How often the publisher looks for live windows and for silence when nothing is submitted."""
-_FINISH_TIMEOUT_S = 120.0
-"""How long the writers may take to write what is queued when the run ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,51 @@ class Latest:
     packed: F64
 
 
+class _Countdown:
+    """Calls back once it was called itself by each of several writers, with whether all have written; at once where
+    there are none.
+    """
+
+    def __init__(self, count: int, then: Callable[[bool], None]) -> None:
+        self._count = count
+        self._written = True
+        self._then = then
+        self._lock = threading.Lock()
+        if not count:
+            then(True)
+
+    def __call__(self, written: bool) -> None:
+        with self._lock:
+            self._count -= 1
+            self._written = self._written and written
+            done = not self._count
+        if done:
+            self._then(self._written)
+
+
+class Owner(Protocol):
+    """What a publisher asks of its store, on the publisher's and the writers' threads, with no lock held."""
+
+    def poll(self) -> Sequence[Job]:
+        """About twice a second: the open windows that are due for a live publication."""
+
+    def unpark(self, window: Window) -> None:
+        """Bring a window's entries into memory."""
+
+    def announced(self, job: Job) -> None:
+        """A final window is decomposed, and `metrics` has it."""
+
+    def written(self, job: Job, everywhere: bool) -> None:
+        """Every writer has written a final window, or has given it up."""
+
+    def ended(self, problems: Sequence[str]) -> None:
+        """The writers are closed."""
+
+
 class Publisher:
     """Publishes jobs one after the other, on a thread of its own, in the order in which they are submitted.
 
-    `poll` is called about twice a second, on that thread, and returns the open windows that are due for a live
-    publication. All methods may be called from any thread.
+    All methods may be called from any thread.
     """
 
     def __init__(
@@ -47,17 +88,18 @@ class Publisher:
         config: StoreConfig,
         layers: Sequence[LayerInfo],
         writers: Sequence[Writer],
-        poll: Callable[[], Sequence[Job]],
+        owner: Owner,
+        finish_timeout: float,
     ) -> None:
         self.config = config
         self.layers = list(layers)
         self.writers = [WriterThread(writer) for writer in writers]
         self.finished = threading.Event()
-        self._poll = poll
+        self._owner = owner
+        self._finish_timeout = finish_timeout
         self._jobs: deque[Job] = deque()
         self._pending = 0
         self._ending = False
-        self._published: Counter[int] = Counter()
         self._latest: dict[tuple[int, int], Latest] = {}
         self._metrics: dict[str, float] = {}
         self._problems: list[str] = []
@@ -72,18 +114,18 @@ class Publisher:
             self._ending = self._ending or end
             self._changed.notify_all()
 
-    def write_scalars(self, scalars: Sequence[Scalar], attempt: int) -> None:
-        """Hand user scalars to the writers, marked with the run's own names."""
-        stamped = [replace(s, run=self.config.run, trial=self.config.trial, attempt=attempt) for s in scalars]
+    def write_scalars(self, scalars: Sequence[Scalar], written: Callable[[bool], None]) -> None:
+        """Hand user scalars to the writers; `written` is called once all have written them, or given them up."""
+        done = _Countdown(len(self.writers), written)
         for writer in self.writers:
-            writer.write_scalars(stamped)
+            writer.write_scalars(list(scalars), done)
+
+    def restore_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Begin with the metrics of the store before this one."""
+        with self._changed:
+            self._metrics = dict(metrics)
 
     # --- answers -------------------------------------------------------------------------------------------
-
-    def published(self, attempt: int) -> int:
-        """Number of final windows published of an attempt."""
-        with self._changed:
-            return self._published[attempt]
 
     def metrics(self) -> dict[str, float]:
         """Metric keys and values of the last final window of each phase."""
@@ -104,9 +146,7 @@ class Publisher:
         """What could not be published or written, in words."""
         with self._changed:
             problems = list(self._problems)
-        return problems + [
-            f"writer {w.writer.name} failed {w.failed} times, last: {w.last_error}" for w in self.writers if w.failed
-        ]
+        return problems + [problem for writer in self.writers if (problem := writer.problem()) is not None]
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything submitted so far is published and written; False when that takes longer."""
@@ -135,25 +175,31 @@ class Publisher:
             elif ending:
                 break
             else:
-                for live in self._poll():
+                for live in self._owner.poll():
                     self._publish(live)
-        deadline = time.monotonic() + _FINISH_TIMEOUT_S
+        deadline = time.monotonic() + self._finish_timeout
+        for writer in self.writers:
+            writer.end()
         for writer in self.writers:
             if not writer.close(max(0.0, deadline - time.monotonic())):
-                self._problem(f"writer {writer.writer.name} did not finish within {_FINISH_TIMEOUT_S:.0f} s")
-        self.finished.set()
+                self.problem(f"writer {writer.writer.name} did not finish within {self._finish_timeout:.0f} s")
+        try:
+            self._owner.ended(self.problems())
+        finally:
+            self.finished.set()
 
     def _publish(self, job: Job) -> None:
         rows: list[LayerRow] = []
-        for (index, phase), entry in job.entries:
+        self._owner.unpark(job.window)
+        for (index, phase), entry in sorted(job.window.entries.copy().items(), key=lambda item: item[0]):
             try:
-                n, nonfinite, mean, packed = entry.snapshot(final=job.final)
-                rows.append(layer_row(self.layers[index], PHASES[phase], n, nonfinite, mean, packed, self.config))
+                found = entry.freeze().collect()
+                rows.append(layer_row(self.layers[index], PHASES[phase], found, self.config))
             except Exception as error:  # one layer's decomposition must not cost the others their rows
-                self._problem(f"layer {self.layers[index].name}, step {job.step}: {type(error).__name__}: {error}")
+                self.problem(f"layer {self.layers[index].name}, step {job.step}: {type(error).__name__}: {error}")
                 continue
             with self._changed:
-                self._latest[index, phase] = Latest(job.step, n, mean, packed)
+                self._latest[index, phase] = Latest(job.step, found.n, found.mean, found.packed)
         window = PublishedWindow(
             run=self.config.run,
             attempt=job.attempt,
@@ -162,28 +208,29 @@ class Publisher:
             revision=job.revision,
             final=job.final,
             workers=job.workers,
-            world_size=self.config.world_size,
+            world_size=job.world_size,
             wall_time=datetime.now(UTC),
             rows=rows,
             trial=self.config.trial,
             trial_config=self.config.trial_config,
         )
-        for writer in self.writers:
-            writer.write(window)
         if job.final:
-            self._announce(job.attempt, rows)
+            self._announce(rows)
+            self._owner.announced(job)
+        done = _Countdown(len(self.writers), partial(self._owner.written, job)) if job.final else None
+        for writer in self.writers:
+            writer.write(window, done)
 
-    def _announce(self, attempt: int, rows: list[LayerRow]) -> None:
+    def _announce(self, rows: list[LayerRow]) -> None:
         """Make a final window's metrics the latest; phases without rows keep theirs."""
         metrics = window_metrics(rows)
         phases = {row.phase for row in rows}
         with self._changed:
             kept = {key: value for key, value in self._metrics.items() if key.split("/", 2)[1] not in phases}
             self._metrics = kept | metrics
-            self._published[attempt] += 1
-            self._changed.notify_all()
 
-    def _problem(self, what: str) -> None:
+    def problem(self, what: str) -> None:
+        """Note, and say, what could not be published."""
         log.error("run %s: %s", self.config.run, what)
         with self._changed:
             self._problems.append(what)

@@ -1,4 +1,4 @@
-"""An open window in the store: what has arrived for it, and who has closed it."""
+"""A window in the store: what has arrived for it, who has closed it, and what of it is published."""
 
 from __future__ import annotations
 
@@ -7,44 +7,117 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from delve_ray.errors import DeltaRefused
-from delve_ray.moments import F64, PackedTotal, packed_diagonal
-from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Delta, LayerInfo, moments_size
+from delve_ray.moments import F64, PackedTotal, triangle_size
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Moments that nobody changes any more: observations, non-finite rows, mean, packed scatter."""
+
+    n: int
+    nonfinite: int
+    mean: F64
+    packed: F64
 
 
 class Entry:
-    """The merged moments of one layer in one phase of a window."""
+    """The merged moments of one layer in one phase of a window.
 
-    __slots__ = ("lock", "nonfinite", "sealed", "total")
+    Deltas go into an active total. `freeze` sets it aside, which takes no time whatever its size, and the next delta
+    begins a new one; a cut merges what was set aside, outside of the lock that deltas need. So whoever publishes or
+    saves holds up nobody, and what it holds never changes. Memory: 4d² bytes, and 4d² more while there is an active
+    total beside what was set aside.
+    """
 
-    def __init__(self, features: int) -> None:
-        self.total = PackedTotal(features)
+    __slots__ = ("_active", "_collecting", "_frozen", "_lock", "features", "n", "nonfinite")
+
+    def __init__(self, features: int, collected: Collected | None = None) -> None:
+        self.features = features
+        self.n = 0
         self.nonfinite = 0
-        self.sealed = False
-        self.lock = threading.Lock()
+        self._active: tuple[PackedTotal, int] | None = None
+        self._frozen: list[tuple[PackedTotal, int]] = []
+        self._lock = threading.Lock()
+        self._collecting = threading.Lock()
+        if collected is not None:
+            self.reserve()
+            self.add(collected.n, collected.nonfinite, collected.mean, collected.packed)
 
-    def add(self, n: int, nonfinite: int, moments: F64) -> None:
-        """Merge a delta's moments: mean and packed scatter, one after the other."""
-        features = self.total.features
-        with self.lock:
-            if self.sealed:
-                raise DeltaRefused("the window that this delta belongs to is published already")
-            self.total.add(n, moments[:features], moments[features:])
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the totals."""
+        with self._lock:
+            totals = len(self._frozen) + (self._active is not None)
+        return 8 * triangle_size(self.features) * totals
+
+    def reserve(self) -> None:
+        """Take the memory that `add` will need. Raises MemoryError, and then nothing has changed."""
+        with self._lock:
+            if self._active is None:
+                self._active = PackedTotal(self.features), 0
+
+    def add(self, n: int, nonfinite: int, mean: F64, packed: F64) -> None:
+        """Merge a delta's moments."""
+        with self._lock:
+            total, before = self._active or (PackedTotal(self.features), 0)
+            total.add(n, mean, packed)
+            self._active = total, before + nonfinite
+            self.n += n
             self.nonfinite += nonfinite
 
-    def snapshot(self, *, final: bool) -> tuple[int, int, F64, F64]:
-        """(observations, non-finite rows, mean, packed scatter); a copy, or, when final, the thing itself, sealed."""
-        with self.lock:
-            self.sealed = final
-            total, nonfinite = (self.total if final else self.total.copy()), self.nonfinite
-        n, mean, packed = total.result()
-        return n, nonfinite, mean, packed
+    def freeze(self) -> Cut:
+        """Set aside what has arrived so far, and say what that is."""
+        with self._lock:
+            if self._active is not None:
+                self._frozen.append(self._active)
+                self._active = None
+            return Cut(self, tuple(self._frozen))
+
+    def collect(self, parts: tuple[tuple[PackedTotal, int], ...]) -> Collected:
+        """Merge what a cut has; nothing ever changes the result."""
+        with self._collecting:
+            if not parts:
+                return Collected(0, 0, np.zeros(self.features), np.zeros(triangle_size(self.features)))
+            total, nonfinite = parts[0]
+            total.result()  # folds; from now on nothing writes into this total
+            if len(parts) > 1:
+                total = total.copy()
+                for other, more in parts[1:]:
+                    total.add(*other.result())
+                    nonfinite += more
+                total.result()
+                with self._lock:
+                    if tuple(self._frozen[: len(parts)]) == parts:
+                        self._frozen[: len(parts)] = [(total, nonfinite)]
+            n, mean, packed = total.result()
+            return Collected(n, nonfinite, mean, packed)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What an entry had at one instant, whatever arrives later."""
+
+    entry: Entry
+    parts: tuple[tuple[PackedTotal, int], ...]
+
+    @property
+    def n(self) -> int:
+        """Observations."""
+        return sum(total.n for total, _ in self.parts)
+
+    @property
+    def nonfinite(self) -> int:
+        """Non-finite rows."""
+        return sum(nonfinite for _, nonfinite in self.parts)
+
+    def collect(self) -> Collected:
+        """The moments."""
+        return self.entry.collect(self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One publication of a window, as the publisher gets it; with `final` nothing more arrives in its entries."""
+    """One publication of a window, as the publisher gets it."""
 
     attempt: int
     ordinal: int
@@ -52,20 +125,38 @@ class Job:
     revision: int
     final: bool
     workers: int
-    entries: list[tuple[tuple[int, int], Entry]]
+    world_size: int
+    window: Window
 
 
 @dataclass(slots=True)
 class Window:
-    """The window with ordinal `ordinal` of an attempt; `step` is its label, a guess until a rank closes it."""
+    """The window with ordinal `ordinal` of an attempt; `step` is its label, a guess until a rank closes it.
+
+    Attributes:
+        closed: ranks that have sent all that they have of it.
+        broken: ranks that have lost rows of it.
+        first_closed: when the first rank closed it, by the monotonic clock.
+        changed: whether something has arrived since the last publication.
+        published: whether it has been published as final.
+        unwritten: final publications that not all writers have written.
+        parked: name of the file that holds its entries while they are not in memory.
+        version: rises with everything that arrives.
+    """
 
     ordinal: int
     step: int
     labelled: bool = False
     entries: dict[tuple[int, int], Entry] = field(default_factory=dict)
     closed: set[int] = field(default_factory=set)
+    broken: set[int] = field(default_factory=set)
+    first_closed: float | None = None
     revision: int = 0
     changed: bool = False
+    published: bool = False
+    unwritten: int = 0
+    parked: str | None = None
+    version: int = 0
 
     def entry(self, layer: int, phase: int, features: int) -> Entry:
         """The entry of a layer and phase, made when it is first needed."""
@@ -74,80 +165,18 @@ class Window:
             found = self.entries[layer, phase] = Entry(features)
         return found
 
-    def job(self, attempt: int, *, final: bool) -> Job:
-        """The next publication of this window; entries in the order of layers, then phases."""
-        job = Job(
-            attempt, self.ordinal, self.step, self.revision, final, len(self.closed), sorted(self.entries.items())
-        )
+    def touch(self) -> None:
+        """Note that something has arrived."""
+        self.changed = True
+        self.version += 1
+
+    def job(self, attempt: int, world_size: int, left: set[int], *, final: bool) -> Job:
+        """The next publication of this window; the ranks in `left` have closed every window."""
+        workers = len((self.closed | left) - self.broken)
+        job = Job(attempt, self.ordinal, self.step, self.revision, final, workers, world_size, self)
         self.revision += 1
         self.changed = False
+        if final:
+            self.published = True
+            self.unwritten += 1
         return job
-
-
-def _refusal(delta: Delta, what: str) -> DeltaRefused:
-    source = delta.source
-    return DeltaRefused(
-        f"delta {delta.seq} of rank {source.rank} (run {source.run!r}, attempt {delta.attempt}, pid {source.pid} "
-        f"on {source.host}) is refused: {what}"
-    )
-
-
-def _check_widths(delta: Delta, layers: list[LayerInfo]) -> None:
-    """Turn away widths that are none or contradict the registration. Raises DeltaRefused."""
-    for layer, features in delta.widths:
-        if not 0 <= layer < len(layers):
-            raise _refusal(delta, f"layer index {layer}, but the run has {len(layers)} layers")
-        known = layers[layer].features or features
-        if features < 1 or features != known:
-            raise _refusal(
-                delta,
-                f"layer {layers[layer].name} has {features} features, and was registered with {layers[layer].features}",
-            )
-
-
-def check_delta(delta: Delta, buffer: F64, layers: list[LayerInfo]) -> list[int]:
-    """Turn away whatever cannot be moments of this run's layers, with an error that names it.
-
-    Checks the entries (layer, phase, counts, repetitions), the buffer (dtype, shape, finite) and what makes
-    a scatter one (no negative diagonal; nothing at all without observations). Returns the width of each entry.
-    Raises DeltaRefused.
-    """
-
-    def refuse(what: str) -> DeltaRefused:
-        return _refusal(delta, what)
-
-    _check_widths(delta, layers)
-    widths = dict(delta.widths)
-    seen: set[tuple[int, int]] = set()
-    sizes = []
-    for layer, phase, n, nonfinite in delta.entries:
-        if not 0 <= layer < len(layers):
-            raise refuse(f"layer index {layer}, but the run has {len(layers)} layers")
-        if not 0 <= phase < len(PHASES):
-            raise refuse(f"phase index {phase} of layer {layers[layer].name}, but the phases are {PHASES}")
-        if n < 0 or nonfinite < 0 or n >= 1 << 62:
-            raise refuse(f"layer {layers[layer].name} counts {n} observations and {nonfinite} non-finite rows")
-        if (layer, phase) in seen:
-            raise refuse(f"layer {layers[layer].name} stands twice in phase {PHASES[phase]}")
-        seen.add((layer, phase))
-        width = layers[layer].features or widths.get(layer)
-        if width is None:
-            raise refuse(f"it does not say how many features layer {layers[layer].name} has")
-        sizes.append(width)
-    expected = sum(map(moments_size, sizes))
-    if buffer.dtype != np.float64 or buffer.shape != (expected,):
-        raise refuse(
-            f"its buffer is {buffer.dtype} of shape {buffer.shape}, its entries need float64 of shape ({expected},)"
-        )
-    start = 0
-    for (layer, phase, n, _), features in zip(delta.entries, sizes, strict=True):
-        moments = buffer[start : start + moments_size(features)]
-        start += moments.shape[0]
-        where = f"layer {layers[layer].name}, phase {PHASES[phase]}"
-        if not np.isfinite(moments).all():
-            raise refuse(f"{where} has non-finite moments")
-        if n == 0 and moments.any():
-            raise refuse(f"{where} has moments without observations")
-        if (packed_diagonal(moments[features:], features) < 0).any():
-            raise refuse(f"{where} has a scatter with a negative diagonal")
-    return sizes

@@ -34,7 +34,7 @@ class Keeper:
     def write(self, window: PublishedWindow) -> None:
         time.sleep(self.delay)
         if self.fail:
-            raise OSError("no space left on device")
+            raise TypeError("no space for this")
         self.windows.append(window)
 
     def write_scalars(self, scalars: list[Scalar]) -> None:
@@ -74,9 +74,9 @@ class Worker:
             moments = Moments.from_rows(values)
             entries.append((layer, phase, moments.n, 0))
             parts += [moments.mean, moments.packed()]
-        return Delta(
-            self.source, self.attempt, self.seq, self.window, step, closes, closes, tuple(entries)
-        ), np.concatenate(parts)
+        delta = Delta(self.source, self.attempt, self.seq, self.window, step, closes, closes, tuple(entries))
+        buffer = np.concatenate(parts)
+        return delta.sealed(buffer), buffer
 
     def send(self, rows: dict[tuple[int, int], np.ndarray], step: int = 0, closes: bool = False) -> None:
         delta, buffer = self.delta(rows, step, closes)
@@ -98,7 +98,7 @@ def published(store: CovarianceStore, windows: int) -> None:
 
 def written(store: CovarianceStore, windows: int) -> None:
     published(store, windows)
-    assert store._running().flush(10)  # the store's own flush would publish open windows, too
+    assert store.running().flush(10)  # the store's own flush would publish open windows, too
 
 
 def test_two_workers_merge_to_the_covariance_of_all_rows() -> None:
@@ -212,18 +212,18 @@ def test_the_last_rank_to_leave_finishes_the_run() -> None:
     store = CovarianceStore(config(), writers=[keeper := Keeper()])
     first, second = Worker(store, 0), Worker(store, 1)
     first.send({(0, 0): rows(5, 3)}, closes=True)
-    assert not store.leave(first.source, completed=True).finished
+    assert not store.leave(first.source, completed=True, sent=first.seq).finished
     second.send({(0, 0): rows(6, 3)}, closes=True)
     second.send({(0, 0): rows(2, 3)}, step=1, closes=True)  # rank 0 left: it counts as having closed this one, too
     written(store, 2)
-    assert store.leave(second.source, completed=True).finished
+    assert store.leave(second.source, completed=True, sent=second.seq).finished
     assert store.wait_finished(10)
     assert keeper.closed
     assert [(w.step, w.workers, w.rows[0].samples) for w in keeper.windows] == [(0, 2, 11), (1, 2, 2)]
     with pytest.raises(RegistrationError, match="has ended"):
         Worker(store, 0)
-    with pytest.raises(StoreError, match="takes no scalars") as refusal:
-        store.add_scalars([])
+    with pytest.raises(StoreError, match="takes no more rows") as refusal:
+        first.send({}, step=2)
     assert refusal.value.final, "nobody tries again"
 
 
@@ -233,13 +233,15 @@ def test_a_worker_that_fails_leaves_the_run_open_and_a_new_attempt_starts_over()
     for worker in old:
         worker.send({(0, 0): rows(5, 3)}, closes=True)
     old[0].send({(0, 0): rows(5, 3)}, step=1, closes=True)
-    assert not store.leave(old[1].source, completed=False).finished
+    assert not store.leave(old[1].source, completed=False, sent=1).finished
     new = [Worker(store, rank, token="two", name=f"new{rank}") for rank in range(2)]
     assert [worker.attempt for worker in new] == [1, 1]
-    with pytest.raises(DeltaRefused, match="not registered"):
-        old[0].send({(0, 0): rows(5, 3)}, step=2)
+    late = old[0].delta({(0, 0): rows(5, 3)}, 2, False)
+    assert store.take(*late).busy, "nobody knows yet from where the new attempt replays"
     for worker in new:
         worker.send({(0, 0): rows(50, 3)}, step=1, closes=True)
+    with pytest.raises(DeltaRefused, match="it belongs to attempt 0, and attempt 1 replays from step 1"):
+        store.take(*late)
     written(store, 1)
     found = [(w.attempt, w.step, w.workers, w.rows[0].samples) for w in keeper.windows]
     assert found == [(0, 0, 2, 10), (0, 1, 1, 5), (1, 1, 2, 100)]
@@ -269,10 +271,10 @@ def test_writers_fail_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert [w.step for w in good.windows] == [w.step for w in slow.windows] == [0, 1, 2]
     status = {writer["name"]: writer for writer in store.status()["writers"]}
     assert status["bad"]["failed"] == 3
-    assert "no space left" in status["bad"]["last_error"]
+    assert "no space for this" in status["bad"]["last_error"]
     assert status["good"]["written"] == 3
-    assert any("writer bad failed 3 times" in problem for problem in store.progress().problems)
-    assert store.leave(worker.source, completed=True).finished
+    assert any("writer bad" in problem for problem in store.progress().problems)
+    assert store.leave(worker.source, completed=True, sent=worker.seq).finished
     assert store.wait_finished(10)
     assert good.closed
     assert slow.closed
@@ -296,7 +298,7 @@ def test_nonfinite_rows_are_published_even_when_nothing_else_is() -> None:
     store = CovarianceStore(config(world_size=1), writers=[keeper := Keeper()])
     worker = Worker(store, 0)
     delta = Delta(worker.source, 0, 0, 0, 0, True, True, ((0, 0, 0, 12),))
-    store.take(delta, np.zeros(9))
+    store.take(delta.sealed(np.zeros(9)), np.zeros(9))
     written(store, 1)
     (row,) = keeper.windows[0].rows
     assert (row.samples, row.nonfinite_rows, row.stats["saturation"]) == (0, 12, 0.0)
@@ -315,10 +317,12 @@ BAD_DELTAS = {
     "moments without observations": {"entries": ((0, 0, 0, 0),), "buffer": np.ones(9)},
     "negative diagonal": {"buffer": np.array([0, 0, 0, -1.0, 0, 0, 1, 0, 1])},
     "attempt 3": {"attempt": 3},
-    "before delta 1": {"seq": 2},
-    "window 5 while": {"window": 5},
-    "not registered": {"source": source(1)},
-    "not registered in attempt": {"source": source(0, name="impostor")},
+    "its seq is no such number": {"seq": -1},
+    "it is of window 5 while window 0 is open": {"window": 5},
+    "its windows 0 to 2 may be open": {"window": 3, "seq": 3},
+    "belongs to run 'other'": {"source": replace(source(0), run="other")},
+    "has been replaced by pid 100": {"source": source(0, name="impostor")},
+    "its checksum is not that of its content": {"checksum": 7},
 }
 
 
@@ -342,7 +346,8 @@ def test_a_bad_delta_is_refused_and_changes_nothing(message: str) -> None:
     }
     before = {key: value for key, value in store.status().items() if key not in ("ranks", "refused")}
     with pytest.raises(DeltaRefused, match=message):
-        store.take(Delta(**{**fields, **bad}), buffer)
+        delta = Delta(**{**fields, **bad})
+        store.take(delta if "checksum" in bad else delta.sealed(np.ascontiguousarray(buffer)), buffer)
     after = store.status()
     assert after["refused"] == 1
     assert {key: after[key] for key in before} == before
@@ -401,7 +406,7 @@ def test_a_rank_is_taken_once() -> None:
     worker = Worker(store, 0)
     with pytest.raises(RegistrationError, match=r"rank 0 of run 'r' is tracked already \(by pid 100 on host\)"):
         Worker(store, 0, name="second")
-    store.leave(worker.source, completed=True)
+    store.leave(worker.source, completed=True, sent=worker.seq)
     with pytest.raises(RegistrationError, match="has already left"):
         Worker(store, 0, name="third")
     with pytest.raises(RegistrationError, match="rank=2 is not in 0 … 1"):
@@ -414,7 +419,7 @@ def test_files_agree_with_the_store(savefile: str) -> None:
     worker = Worker(store, 0)
     for step in range(3):
         worker.send({(0, 0): rows(20, 3, 5.0), (1, 1): rows(9, 5)}, step=step, closes=True)
-    store.leave(worker.source, completed=True)
+    store.leave(worker.source, completed=True, sent=worker.seq)
     assert store.wait_finished(20)
     spectra, covariances = read_spectra(savefile), read_covariances(savefile)
     assert spectra.num_rows == covariances.num_rows == 6
@@ -440,7 +445,7 @@ def test_thresholds_and_statistics_on_request_reach_metrics_and_files(savefile: 
     worker = Worker(store, 0)
     sent = np.random.default_rng(0).normal(size=(4, 5)) * np.array([100.0, 1, 1, 1, 1])
     worker.send({(1, 0): sent}, closes=True)
-    store.leave(worker.source, completed=True)
+    store.leave(worker.source, completed=True, sent=worker.seq)
     assert store.wait_finished(20)
     metrics = store.progress().metrics
     (row,) = read_spectra(savefile).to_pylist()

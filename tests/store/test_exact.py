@@ -44,8 +44,9 @@ class Rank:
         n, nonfinite = total.drain_into(buffer)
         entries = ((0, 0, n, nonfinite),) if n else ()
         delta = Delta(self.source, 0, self.seq, 0, 0, closes, closes, entries)
+        moments = buffer if n else buffer[:0]
         for _ in range(2):  # an acknowledgement may get lost, and then it comes again
-            self.store.take(delta, buffer if n else buffer[:0])
+            self.store.take(delta.sealed(moments), moments)
         self.seq += 1
 
 

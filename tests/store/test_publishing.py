@@ -12,6 +12,7 @@ from delve_ray.moments import Moments
 from delve_ray.schema import ALWAYS, EXTRA_STATS, F64, SCALAR_STATS, LayerRow
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.publishing import layer_row
+from delve_ray.store.window import Collected
 
 ROWS = np.random.default_rng(3).normal(size=(60, 8)) * np.array([1e3, 1, 1, 1, 1, 1, 1, 1]) + 2.0
 
@@ -21,7 +22,7 @@ def row_of(rows: F64, **options: Any) -> LayerRow:
     threshold = options.get("thresholds", (0.99,))[0]
     config = StoreConfig(run="r", savefile="/nowhere", world_size=1, threshold=threshold, **options)
     layer = LayerInfo("fc", "Linear", moments.features)
-    return layer_row(layer, "train", moments.n, 3, moments.mean, moments.packed(), config)
+    return layer_row(layer, "train", Collected(moments.n, 3, moments.mean, moments.packed()), config)
 
 
 def test_every_threshold_has_its_dimension_from_the_one_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ class Worker:
             widths=told if widths is None else widths,
         )
         buffer = np.concatenate([np.empty(0), *(part for m in moments.values() for part in (m.mean, m.packed()))])
-        self.last = self.store.take(delta, buffer)
+        self.last = self.store.take(delta.sealed(buffer), buffer)
         self.seq += 1
 
 

@@ -1,0 +1,264 @@
+"""What a worker has packed and the store does not safely have: in memory up to a bound, beyond that on disk.
+
+A delta that was packed never changes and is never merged with another. It is forgotten when a restarted store would
+have it, too; until then it may have to be offered again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from delve_ray.errors import ReadError
+from delve_ray.moments import F64
+from delve_ray.parcels import decode_parcel, encode_parcel, parcel_name
+from delve_ray.storage import Storage
+from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, StoreConfig
+
+log = logging.getLogger(__name__)
+
+MIN_BYTES = 16 << 20
+"""Packed deltas that stay in memory in any case, however small the layers are."""
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """A packed delta: its buffer, or the file that holds it; `first` says that it is the first of its window."""
+
+    delta: Delta
+    buffer: F64 | None
+    nbytes: int
+    first: bool
+    path: str | None = None
+    merged: bool = False
+    busy: bool = False  # being sent or written: it stays as it is
+
+
+def spill_folder(run: str, source: str, spill_dir: str | None) -> str:
+    """Where a worker's deltas lie that do not fit its memory: in a folder that is the user's alone, by default.
+
+    The run's name, which is the user's, has no part in the path but by its hash.
+    """
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        user = str(os.getuid())
+    base = spill_dir or os.path.join(
+        tempfile.gettempdir(), f"delve_ray-{hashlib.sha256(user.encode()).hexdigest()[:8]}"
+    )
+    return os.path.join(base, f"{hashlib.sha256(run.encode()).hexdigest()[:16]}-{source[:12]}")
+
+
+class Outbox:
+    """The deltas of one worker, by sequence number; all methods may be called from any thread.
+
+    `memory` is the number of bytes of buffers that stay in memory. What is beyond goes to `folder`; where that cannot
+    be written, memory is used up to `limit`, and after that the rows of the newest delta are given up: its header
+    remains, and tells the store that this rank's share of the window is incomplete.
+    """
+
+    def __init__(self, config: StoreConfig, layers: Sequence[LayerInfo], folder: str) -> None:
+        self.folder = folder
+        self.lost_rows: list[str] = []
+        """What was given up, in words."""
+        self._config = config
+        self._layers = list(layers)
+        self._items: dict[int, _Item] = {}
+        self._told_full = False
+        self._lock = threading.Lock()
+
+    # --- in -------------------------------------------------------------------------------------------------
+
+    def add(self, delta: Delta, buffer: F64, *, first: bool, memory: int, limit: int) -> None:
+        """Take in a packed delta; on return no more than the bound is in memory."""
+        with self._lock:
+            self._items[delta.seq] = _Item(delta.sealed(buffer), buffer, buffer.nbytes, first)
+        memory = max(memory, MIN_BYTES)
+        while (item := self._excess(memory)) is not None:
+            try:
+                self._spill(item)
+            except OSError as error:
+                with self._lock:
+                    item.busy = False
+                    if not self._told_full:
+                        log.error("%s: what waits for the store cannot be put there (%s)", self.folder, error)
+                    self._told_full = True
+                if self._excess(max(limit, memory), claim=False) is None:
+                    return
+                self._give_up(item, str(error))
+
+    def _excess(self, memory: int, *, claim: bool = True) -> _Item | None:
+        """The buffer to put on disk next, if there are too many: what is needed last."""
+        with self._lock:
+            if sum(item.nbytes for item in self._items.values() if item.buffer is not None) <= memory:
+                return None
+            idle = [item for _, item in sorted(self._items.items()) if item.buffer is not None and not item.busy]
+            # What is merged is only needed if the store is lost; of the rest, the newest waits longest.
+            candidates = [item for item in idle if item.merged and item.nbytes] or [
+                i for i in reversed(idle) if i.nbytes
+            ]
+            if not candidates:
+                return None
+            candidates[0].busy = candidates[0].busy or claim
+            return candidates[0]
+
+    def _spill(self, item: _Item) -> None:
+        assert item.buffer is not None
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        path = os.path.join(self.folder, parcel_name(item.delta))
+        try:
+            with open(path, "wb") as stream:
+                for piece in encode_parcel(item.delta, item.buffer, self._config, self._layers):
+                    stream.write(piece)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+            raise
+        with self._lock:
+            item.buffer, item.path, item.busy, self._told_full = None, path, False, False
+            gone = item.delta.seq not in self._items
+        if gone:
+            self._unlink(path)
+
+    def _give_up(self, item: _Item, why: str) -> None:
+        with self._lock:
+            self._empty(item)
+            self.lost_rows.append(f"rows of step {item.delta.step} ({why})")
+        log.error(
+            "rank %d: rows of step %d are given up, as neither memory nor %s holds them; the step's rows will say so",
+            item.delta.source.rank,
+            item.delta.step,
+            self.folder,
+        )
+
+    def _empty(self, item: _Item) -> None:
+        """Keep the header alone, which says that rows are missing."""
+        nothing = np.empty(0)
+        item.delta = replace(item.delta, entries=(), widths=(), complete=False).sealed(nothing)
+        item.buffer, item.nbytes, item.path = nothing, 0, None
+
+    # --- out ------------------------------------------------------------------------------------------------
+
+    def next(self) -> tuple[Delta, F64] | None:
+        """The first delta that the store has not merged; `done` is to be called for it."""
+        with self._lock:
+            waiting = (item for _, item in sorted(self._items.items()) if not item.merged)
+            item = next(waiting, None)
+            if item is None:
+                return None
+            if item.buffer is not None:
+                item.busy = True
+                return item.delta, item.buffer
+            path = item.path or ""
+        try:
+            return item.delta, decode_parcel(
+                Storage(os.path.dirname(path)).read_buffer(os.path.basename(path)), path
+            ).buffer
+        except (OSError, ReadError) as error:
+            self._give_up(item, f"{path} cannot be read: {error}")
+            return item.delta, np.empty(0)
+
+    def done(self, seq: int) -> None:
+        """A delta is not being sent any more."""
+        with self._lock:
+            if seq in self._items:
+                self._items[seq].busy = False
+
+    def acknowledge(self, ack: Ack) -> bool:
+        """Note what the store has, and forget what is safe there; whether something has to be offered again."""
+        with self._lock:
+            again = False
+            safe = [seq for seq in self._items if seq < ack.durable]
+            for seq, item in self._items.items():
+                merged = seq < ack.next_seq or seq in ack.above
+                again |= item.merged and not merged
+                item.merged = merged
+            gone = [self._items.pop(seq) for seq in safe]
+        for item in gone:
+            if item.path is not None:
+                self._unlink(item.path)
+        return again
+
+    def offer_all(self) -> None:
+        """The store knows nothing: everything is to be offered again."""
+        with self._lock:
+            for item in self._items.values():
+                item.merged = False
+
+    def held(self, attempt: int, next_seq: int, window: int, *, first: bool) -> Held:
+        """What is here, for a store that does not know this worker.
+
+        The arguments describe the next delta, which is the first that there is when nothing is here.
+        """
+        with self._lock:
+            if not self._items:
+                return Held(attempt, next_seq, window, first)
+            item = self._items[min(self._items)]
+            return Held(attempt, item.delta.seq, item.delta.window, item.first)
+
+    # --- answers --------------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> list[Delta]:
+        """Deltas that the store has not merged."""
+        with self._lock:
+            return [item.delta for _, item in sorted(self._items.items()) if not item.merged]
+
+    def __len__(self) -> int:
+        """Deltas that are not safe in the store."""
+        return len(self._items)
+
+    def status(self) -> dict[str, int]:
+        """Deltas and bytes, in memory and on disk."""
+        with self._lock:
+            memory = [item.nbytes for item in self._items.values() if item.buffer is not None]
+            disk = [item.nbytes for item in self._items.values() if item.path is not None]
+            return {
+                "deltas": len(self._items),
+                "unmerged": sum(not item.merged for item in self._items.values()),
+                "memory_bytes": sum(memory),
+                "disk_bytes": sum(disk),
+                "on_disk": len(disk),
+                "lost": len(self.lost_rows),
+            }
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def write_all(self, folder: str) -> list[str]:
+        """Write everything that is here into a folder, for a recovery; the paths. Raises OSError."""
+        os.makedirs(folder, exist_ok=True)
+        storage = Storage(folder)
+        paths = []
+        with self._lock:
+            items = [item for _, item in sorted(self._items.items())]
+        for item in items:
+            name = parcel_name(item.delta)
+            if item.buffer is not None:
+                storage.write_atomic(name, encode_parcel(item.delta, item.buffer, self._config, self._layers))
+            elif item.path is not None:
+                storage.write_atomic(name, Storage(os.path.dirname(item.path)).read_buffer(os.path.basename(item.path)))
+            paths.append(os.path.join(folder, name))
+        return paths
+
+    def clear(self) -> None:
+        """Forget everything, files included."""
+        with self._lock:
+            gone, self._items = list(self._items.values()), {}
+        for item in gone:
+            if item.path is not None:
+                self._unlink(item.path)
+        with contextlib.suppress(OSError):
+            os.rmdir(self.folder)
+
+    def _unlink(self, path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)

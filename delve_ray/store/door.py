@@ -1,0 +1,162 @@
+"""What a delta has to be before the store looks at it: the checks at the door, each with an error that names all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from delve_ray.errors import DeltaRefused
+from delve_ray.moments import F64, packed_diagonal
+from delve_ray.schema import PHASES
+from delve_ray.store.protocol import Delta, LayerInfo, Source, fingerprint, moments_size
+from delve_ray.writers.base import Scalar
+
+_INT32, _INT64 = 1 << 31, 1 << 63
+MAX_COUNT = 1 << 62
+"""Observations of one layer in one window stay below this, so that their sum over two deltas is an int64."""
+MAX_NAME = 4096
+"""Characters of a scalar's name."""
+
+
+def refusal(delta: Delta, what: str) -> DeltaRefused:
+    """The error that names a delta and what is wrong with it."""
+    source = delta.source
+    return DeltaRefused(
+        f"delta {delta.seq} of rank {source.rank} (run {source.run!r}, attempt {delta.attempt}, pid {source.pid} "
+        f"on {source.host}) is refused: {what}"
+    )
+
+
+def check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo]) -> list[int]:
+    """Turn away whatever cannot be moments of this run's layers. Returns the width of each entry.
+
+    Checks the types and ranges of the header, the run, the entries (layer, phase, counts, repetitions), the scalars,
+    the buffer (dtype, shape, finite), what makes a scatter one (no negative diagonal; nothing at all without
+    observations), and last the checksum, which notices a changed bit that all of this lets pass.
+    Raises DeltaRefused.
+    """
+    _check_header(delta, run)
+    _check_scalars(delta)
+    widths = _entry_widths(delta, layers)
+    expected = sum(map(moments_size, widths))
+    if not isinstance(buffer, np.ndarray) or buffer.dtype != np.float64 or buffer.shape != (expected,):
+        found = f"{buffer.dtype} of shape {buffer.shape}" if isinstance(buffer, np.ndarray) else type(buffer).__name__
+        raise refusal(delta, f"its buffer is {found}, its entries need float64 of shape ({expected},)")
+    start = 0
+    for (layer, phase, n, _), features in zip(delta.entries, widths, strict=True):
+        moments = buffer[start : start + moments_size(features)]
+        start += moments.shape[0]
+        where = f"layer {layers[layer].name}, phase {PHASES[phase]}"
+        if not np.isfinite(moments).all():
+            raise refusal(delta, f"{where} has non-finite moments")
+        if n == 0 and moments.any():
+            raise refusal(delta, f"{where} has moments without observations")
+        if (packed_diagonal(moments[features:], features) < 0).any():
+            raise refusal(delta, f"{where} has a scatter with a negative diagonal")
+    if delta.checksum != fingerprint(delta, np.ascontiguousarray(buffer)):
+        raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
+    return widths
+
+
+def _is_integer(value: Any, below: int, at_least: int = 0) -> bool:
+    return type(value) is int and at_least <= value < below
+
+
+def check_source(source: Any, run: str) -> None:
+    """Turn away what is no source of this run. Raises DeltaRefused."""
+    if not isinstance(source, Source):
+        raise DeltaRefused(f"a delta from {type(source).__name__}, which is no source, is refused")
+    texts = (source.run, source.token, source.source, source.host)
+    if not all(isinstance(text, str) and len(text) <= MAX_NAME for text in texts):
+        raise DeltaRefused("a delta is refused: its source's run, token, source and host are not all names")
+    if not (_is_integer(source.rank, _INT32) and _is_integer(source.pid, _INT64)):
+        raise DeltaRefused(f"a delta of run {source.run!r} is refused: its rank or pid is no number")
+    if source.run != run:
+        raise DeltaRefused(
+            f"a delta of rank {source.rank} (pid {source.pid} on {source.host}) is refused: it belongs to run "
+            f"{source.run!r}, this is the store of run {run!r}"
+        )
+
+
+def _check_header(delta: Delta, run: str) -> None:
+    if not isinstance(delta, Delta):
+        raise DeltaRefused(f"{type(delta).__name__} is no delta, and is refused")
+    check_source(delta.source, run)
+    for name in ("seq", "window", "attempt"):
+        if not _is_integer(getattr(delta, name), _INT32 if name == "attempt" else MAX_COUNT):
+            raise DeltaRefused(f"a delta of rank {delta.source.rank} is refused: its {name} is no such number")
+    if not _is_integer(delta.step, _INT64, -_INT64):
+        raise refusal(delta, "its step is no 64-bit integer")
+    if not all(type(getattr(delta, name)) is bool for name in ("closes", "labelled", "complete")):
+        raise refusal(delta, "closes, labelled and complete are not all True or False")
+    for name, length in (("entries", 4), ("widths", 2)):
+        items = getattr(delta, name)
+        if not isinstance(items, tuple) or not all(
+            isinstance(item, tuple) and len(item) == length and all(type(value) is int for value in item)
+            for item in items
+        ):
+            raise refusal(delta, f"its {name} are no tuples of {length} integers")
+
+
+def _check_scalars(delta: Delta) -> None:
+    if not isinstance(delta.scalars, tuple):
+        raise refusal(delta, "its scalars are no tuple")
+    for scalar in delta.scalars:
+        if not isinstance(scalar, Scalar):
+            raise refusal(delta, f"a {type(scalar).__name__} among its scalars")
+        name_fits = isinstance(scalar.name, str) and 0 < len(scalar.name) <= MAX_NAME and _is_text(scalar.name)
+        if not name_fits or type(scalar.value) is not float or not isinstance(scalar.wall_time, datetime):
+            raise refusal(delta, "a scalar whose name, value or time is none")
+        if not _is_integer(scalar.step, _INT64, -_INT64) or scalar.rank != delta.source.rank:
+            raise refusal(delta, f"scalar {scalar.name!r} has a step or a rank that cannot be")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True
+
+
+def _entry_widths(delta: Delta, layers: Sequence[LayerInfo]) -> list[int]:
+    """The width of each entry; refuses entries and widths that contradict the layers or each other."""
+    said: dict[int, int] = {}
+    for layer, features in delta.widths:
+        _check_layer(delta, layer, layers)
+        known = layers[layer].features
+        if features < 1 or features != (known or features):
+            raise refusal(delta, f"layer {layers[layer].name} has {features} features, and was registered with {known}")
+        if said.setdefault(layer, features) != features:
+            raise refusal(delta, f"layer {layers[layer].name} has {said[layer]} and {features} features")
+    seen: set[tuple[int, int]] = set()
+    widths = []
+    for layer, phase, n, nonfinite in delta.entries:
+        _check_layer(delta, layer, layers)
+        name = layers[layer].name
+        if not 0 <= phase < len(PHASES):
+            raise refusal(delta, f"phase index {phase} of layer {name}, but the phases are {PHASES}")
+        if not 0 <= n < MAX_COUNT or not 0 <= nonfinite < MAX_COUNT:
+            raise refusal(delta, f"layer {name} counts {n} observations and {nonfinite} non-finite rows")
+        if (layer, phase) in seen:
+            raise refusal(delta, f"layer {name} stands twice in phase {PHASES[phase]}")
+        seen.add((layer, phase))
+        width = layers[layer].features or said.get(layer)
+        if width is None:
+            raise refusal(delta, f"it does not say how many features layer {name} has")
+        widths.append(width)
+    return widths
+
+
+def _check_layer(delta: Delta, layer: int, layers: Sequence[LayerInfo]) -> None:
+    if not 0 <= layer < len(layers):
+        raise refusal(delta, f"layer index {layer}, but the run has {len(layers)} layers")
+
+
+def check_total(delta: Delta, layer: str, before: int, n: int) -> None:
+    """Turn away what would make a layer's count one that a file cannot hold. Raises DeltaRefused."""
+    if before + n >= MAX_COUNT:
+        raise refusal(delta, f"layer {layer} would count {before + n} observations in one window")

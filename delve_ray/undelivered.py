@@ -1,0 +1,48 @@
+"""What a worker could not deliver before its end: written to files, and said."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from delve_ray.shipping import Shipper
+from delve_ray.storage import Storage
+
+log = logging.getLogger(__name__)
+
+FOLDER = "undelivered"
+
+
+def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
+    """Write what the store does not safely have into the run's directory, or, where that cannot be, to a local one.
+
+    Says what was not delivered, where it is, and which command merges it. Returns the paths.
+    """
+    run, rank = shipper.source.run, shipper.source.rank
+    outbox = shipper.outbox
+    if not len(outbox):
+        log.error("rank %d of run %s: %s; everything had been delivered", rank, run, shipper.lost or "no answer")
+        return []
+    what, problem = shipper.undelivered(), shipper.lost or "the store did not take it in time"
+    storage = Storage(savefile)
+    folders = [os.path.join(storage.local_path, FOLDER)] if storage.is_local else []
+    for folder in [*folders, f"{outbox.folder}-{FOLDER}"]:
+        try:
+            paths = outbox.write_all(folder)
+        except OSError as error:
+            problem += f"; {folder} cannot be written: {error}"
+            continue
+        log.error(
+            "rank %d of run %s ends without having delivered %s (%s); it is kept in %s: once the run has ended, "
+            "`delve-ray recover %s %s` merges it",
+            rank,
+            run,
+            what,
+            problem,
+            folder,
+            storage.uri,
+            folder,
+        )
+        return paths
+    log.error("rank %d of run %s ends without having delivered %s (%s)", rank, run, what, problem)
+    return []
