@@ -1,4 +1,4 @@
-"""The `delve-ray` command: questions to the files of runs. It needs neither torch nor Ray."""
+"""The `delve-ray` command: questions to the files of runs, and repairs. It needs neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ UNBUILT = {
     "rank": "the trials of a sweep, best first",
     "export": "spectra as CSV or JSON",
     "status": "a running store",
-    "recover": "what a dead store left",
 }
 """Commands that are known words and do nothing yet."""
 _MAX_TEXT_WIDTH = 120
@@ -62,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a terminal that knows no box drawing still gets a table
-        code = _summary(options)
+        code = _recover(options) if options.command == "recover" else _summary(options)
         sys.stdout.flush()
         return code
     except DelveRayError as error:
@@ -88,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     summary.add_argument("--json", action="store_true", help="a list of objects, one per layer and phase")
     summary.add_argument("--step", type=int, metavar="N", help="this step; by default the last one of each phase")
     summary.add_argument("--phase", choices=PHASES, help="one phase; by default both")
+    recover = commands.add_parser("recover", help="merge what was not delivered", description=_RECOVER)
+    recover.add_argument("run", metavar="RUN", help="savefile of a run that has ended")
+    recover.add_argument("paths", nargs="*", metavar="PATH", help="further files, or folders of files, to merge")
+    recover.add_argument("--json", action="store_true", help="a list of objects, one per file")
+    recover.add_argument("--force", action="store_true", help="also where the run does not seem to have ended")
     for name, what in UNBUILT.items():
         commands.add_parser(name, help=f"{what} (not built yet)", add_help=False)
     return parser
@@ -98,6 +102,13 @@ _SUMMARY = (
     "room, intrinsic dimensionality, saturation; layers with fewer samples than features are named below. "
     "With --json, prints the rows of these windows as a list of objects under the names of the Parquet columns; "
     "values that are null, NaN or infinite are null there, and times are ISO 8601."
+)
+
+
+_RECOVER = (
+    "Merges into a run what its workers could not deliver and its writers could not write: the files in "
+    "RUN/undelivered, and those that are named. What the run has already counts once; the corrected rows are published "
+    "as a new revision, and the merged files are deleted. The exit code is 2 if a file could not be merged."
 )
 
 
@@ -132,6 +143,25 @@ def _summary(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([json_row(row) for row in rows], indent=2, allow_nan=False, ensure_ascii=False))
     return code
+
+
+def _recover(options: argparse.Namespace) -> int:
+    from delve_ray.recovery import recover
+
+    outcomes = recover(options.run, options.paths, force=options.force)
+    if options.json:
+        print(json.dumps([outcome.as_dict() for outcome in outcomes], indent=2, ensure_ascii=False))
+    else:
+        merged = [outcome for outcome in outcomes if outcome.merged]
+        steps = sorted({outcome.step for outcome in merged})
+        what = (
+            f"{len(merged)} deltas of ranks {sorted({o.rank for o in merged})}, steps {steps}" if merged else "nothing"
+        )
+        print(f"{printable(options.run)}: merged {what}")
+    for outcome in outcomes:
+        if not outcome.merged:
+            _fail(f"{outcome.file} is not merged: {outcome.problem}")
+    return FAILED if any(not outcome.merged for outcome in outcomes) else 0
 
 
 def _each_run(run: Storage) -> list[pa.Table]:

@@ -13,10 +13,11 @@ import logging
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 
 from delve_ray.errors import ReadError
 from delve_ray.moments import F64
@@ -117,7 +118,7 @@ class Outbox:
         path = os.path.join(self.folder, parcel_name(item.delta))
         try:
             with open(path, "wb") as stream:
-                for piece in encode_parcel(item.delta, item.buffer, self._config, self._layers):
+                for piece in self._encode(item):
                     stream.write(piece)
         except OSError:
             with contextlib.suppress(OSError):
@@ -128,6 +129,10 @@ class Outbox:
             gone = item.delta.seq not in self._items
         if gone:
             self._unlink(path)
+
+    def _encode(self, item: _Item) -> Iterator[bytes | pa.Buffer]:
+        assert item.buffer is not None
+        return encode_parcel(item.delta, item.buffer, self._config, self._layers, first=item.first)
 
     def _give_up(self, item: _Item, why: str) -> None:
         with self._lock:
@@ -243,7 +248,7 @@ class Outbox:
         for item in items:
             name = parcel_name(item.delta)
             if item.buffer is not None:
-                storage.write_atomic(name, encode_parcel(item.delta, item.buffer, self._config, self._layers))
+                storage.write_atomic(name, self._encode(item))
             elif item.path is not None:
                 storage.write_atomic(name, Storage(os.path.dirname(item.path)).read_buffer(os.path.basename(item.path)))
             paths.append(os.path.join(folder, name))

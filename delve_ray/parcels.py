@@ -20,10 +20,14 @@ from delve_ray.store.state import config_header, config_of, scalar_header, scala
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """A delta out of a file, with what belongs to it; `buffer` is a view of the file's content."""
+    """A delta out of a file, with what belongs to it.
+
+    `buffer` is a view of the file's content; `first` says that the delta is the first of its window.
+    """
 
     delta: Delta
     buffer: F64
+    first: bool
     config: StoreConfig
     layers: tuple[LayerInfo, ...]
 
@@ -37,13 +41,14 @@ def parcel_name(delta: Delta) -> str:
 
 
 def encode_parcel(
-    delta: Delta, buffer: F64, config: StoreConfig, layers: Sequence[LayerInfo]
+    delta: Delta, buffer: F64, config: StoreConfig, layers: Sequence[LayerInfo], *, first: bool
 ) -> Iterator[bytes | pa.Buffer]:
     """The pieces of a file."""
     header = {
         "delta": asdict(delta) | {"scalars": [scalar_header(scalar) for scalar in delta.scalars]},
         "config": config_header(config),
         "layers": [asdict(layer) for layer in layers],
+        "first": first,
     }
     return encode("delta", header, [buffer])
 
@@ -56,6 +61,7 @@ def decode_parcel(data: bytes | pa.Buffer, where: str) -> Parcel:
         return Parcel(
             delta_of(header["delta"]),
             buffer,
+            bool(header["first"]),
             config_of(header["config"]),
             tuple(LayerInfo(**layer) for layer in header["layers"]),
         )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import os
 
+from delve_ray.recovery import UNDELIVERED
 from delve_ray.shipping import Shipper
 from delve_ray.storage import Storage
 
 log = logging.getLogger(__name__)
-
-FOLDER = "undelivered"
 
 
 def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
@@ -25,8 +24,8 @@ def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
         return []
     what, problem = shipper.undelivered(), shipper.lost or "the store did not take it in time"
     storage = Storage(savefile)
-    folders = [os.path.join(storage.local_path, FOLDER)] if storage.is_local else []
-    for folder in [*folders, f"{outbox.folder}-{FOLDER}"]:
+    folders = [os.path.join(storage.local_path, UNDELIVERED)] if storage.is_local else []
+    for folder in [*folders, f"{outbox.folder}-{UNDELIVERED}"]:
         try:
             paths = outbox.write_all(folder)
         except OSError as error:
@@ -34,14 +33,13 @@ def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
             continue
         log.error(
             "rank %d of run %s ends without having delivered %s (%s); it is kept in %s: once the run has ended, "
-            "`delve-ray recover %s %s` merges it",
+            "`delve-ray recover %s` merges it",
             rank,
             run,
             what,
             problem,
             folder,
-            storage.uri,
-            folder,
+            storage.uri if folder in folders else f"{storage.uri} {folder}",
         )
         return paths
     log.error("rank %d of run %s ends without having delivered %s (%s)", rank, run, what, problem)

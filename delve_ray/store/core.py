@@ -1,8 +1,6 @@
 """The covariance store: a plain thread-safe class, used in-process and behind the Ray actor.
 
-Deltas are merged under a lock per layer; bookkeeping is done under one lock that is never held while merging, packing,
-decomposing, writing or reading files. The publisher's thread turns complete windows (and, every `publish_every`
-seconds, open ones) into rows; each writer has a thread of its own behind it; the saver's thread writes snapshots.
+Deltas are merged under a lock per layer; the bookkeeping is under one lock, see `windows`.
 
 Memory: 4d² bytes per layer and phase of each open window, twice that while it is published live or saved, and 4d²
 more for the last published window, which answers `covariance` and `spectrum`. A window that waits for a late rank lies
@@ -13,40 +11,28 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from delve_ray import spectrum
-from delve_ray.errors import DeltaRefused, ReadError, StoreError, UnknownSource
+from delve_ray.errors import DeltaRefused, StoreError, UnknownSource
 from delve_ray.moments import F64, unpack_triangle
-from delve_ray.storage import Storage
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
 from delve_ray.store.door import check_delta, check_source, check_total, refusal
 from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
-from delve_ray.store.publisher import Publisher
-from delve_ray.store.run_file import RunFile
-from delve_ray.store.saving import Saver, load_window
-from delve_ray.store.state import Frozen, State, freeze, freeze_window
-from delve_ray.store.window import Cut, Entry, Job, Window
-from delve_ray.writers.base import Scalar, Writer
-from delve_ray.writers.parquet import revisions
+from delve_ray.store.window import Entry, Window
+from delve_ray.store.windows import WindowStore
 
 log = logging.getLogger(__name__)
 
-UNWRITTEN_BYTES = 256 << 20
-"""Moments of complete windows that are kept until every writer has written them; of older ones the rows remain, in the
-queue of the writer that is behind."""
-FINISH_TIMEOUT_S = 60.0
-"""How long the writers may take to write what is queued when the run ends."""
 SAVE_TIMEOUT_S = 30.0
 """How long a registration waits until it is saved; after that it goes on without."""
 
 
-class CovarianceStore:
+class CovarianceStore(WindowStore):
     """Merges the moments of all workers of one run in float64 and publishes each window when it is complete.
 
     With `saver`, what it has survives it: workers keep what no snapshot has. Without, it lives and dies with the
@@ -69,35 +55,6 @@ class CovarianceStore:
         >>> store.covariance("fc", "train")
         array([[2.]])
     """
-
-    def __init__(
-        self,
-        config: StoreConfig,
-        *,
-        writers: Sequence[Writer] | None = None,
-        saver: Saver | None = None,
-        finish_timeout: float = FINISH_TIMEOUT_S,
-    ) -> None:
-        self.config = config
-        self.layers: list[LayerInfo] = []
-        self.attempts: list[Attempt] = []  # the current one last, and the one before it
-        self.tokens: list[str | None] = []  # of all attempts, by number; None of one that nobody knows
-        self.publisher: Publisher | None = None
-        self.saver = saver
-        self.counts = {"refused": 0, "late": 0, "repeated": 0}
-        self.ending: str | None = None  # why
-        self._given_writers = writers
-        self._finish_timeout = finish_timeout
-        self._run_file: RunFile | None = None
-        self._scalars: dict[tuple[str, int], tuple[Scalar, ...]] = {}  # not written yet, by source and sequence number
-        self._version = 0
-        self._merging = 0
-        self._freezing = False
-        self._next_live = time.monotonic() + config.publish_every
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        if saver is not None:
-            saver.start(self)
 
     # --- who takes part --------------------------------------------------------------------------------------
 
@@ -130,45 +87,6 @@ class CovarianceStore:
         if self.saver is not None and not self.saver.wait_saved(self._version, SAVE_TIMEOUT_S):
             log.error("run %s: the registration of rank %d could not be saved", self.config.run, source.rank)
         return welcome
-
-    def _open(self, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
-        """Prepare the savefile and start publishing; on an error nothing has been started."""
-        run_file, writers, state = registration.prepare(config, layers, self._given_writers, self.saver)
-        self.config, self.layers, self._run_file = config, list(layers), run_file
-        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout)
-        if state is not None:
-            self._adopt(state)
-        if run_file is not None:
-            self.tokens += [None] * (run_file.attempts - len(self.tokens))
-
-    def restore(self) -> bool:
-        """Go on where the store of this run was that this one replaces; whether there was anything to go on from."""
-        with self._lock:
-            state = self.saver.load() if self.saver is not None and self.config.save_to else None
-            if state is None or self.publisher is not None:
-                return False
-            self._open(replace(state.config, savefile=self.config.savefile, resume=True), state.layers)
-            return True
-
-    def _adopt(self, state: State) -> None:
-        """Take over a saved state: publish again what may not have been written, each as a new revision."""
-        self.tokens, self.attempts = state.tokens, state.attempts
-        self.running().restore_metrics(state.metrics)
-        on_disk = revisions(Storage(self.config.savefile))
-        for attempt in self.attempts:
-            if self._run_file is not None:
-                self._run_file.begin_attempt(attempt.number, attempt.world_size)
-            for ordinal, window in attempt.windows.items():
-                window.revision = max(window.revision, on_disk.get((attempt.number, ordinal), -1) + 1)
-            self._submit(attempt, [w for _, w in sorted(attempt.windows.items()) if w.published and w.changed])
-            self._advance(attempt)
-        for key, scalars in state.scalars.items():
-            self._scalars[key] = scalars
-            self._write_scalars(key)
-        log.warning("run %s: its store was started anew, and goes on where it was", self.config.run)
-        self._touch()
-        if state.ending is not None:
-            self._finish(state.ending)
 
     def _begin_attempt(self, token: str, world_size: int, held: Held | None) -> Attempt:
         """All workers were started anew: publish what the last attempt left open and begin at window 0.
@@ -244,14 +162,6 @@ class CovarianceStore:
             left=member.left,
             **more,
         )
-
-    def _touch(self, member: Member | None = None) -> None:
-        """Note that the state has changed, by a member or otherwise, so that the saver saves it."""
-        self._version += 1
-        if member is not None:
-            member.changed = self._version
-        if self.saver is not None:
-            self.saver.notify(self._version)
 
     # --- deltas ----------------------------------------------------------------------------------------------
 
@@ -360,190 +270,7 @@ class CovarianceStore:
             )
             self._write_scalars(key)
 
-    def _write_scalars(self, key: tuple[str, int]) -> None:
-        def written(everywhere: bool) -> None:
-            with self._lock:
-                if everywhere:
-                    self._scalars.pop(key, None)
-                    self._touch()
-
-        self.running().write_scalars(list(self._scalars[key]), written)
-
-    # --- windows ---------------------------------------------------------------------------------------------
-
-    def _advance(self, attempt: Attempt) -> None:
-        """Publish what is complete or overdue, in the order of the windows, and drop what is settled."""
-        now = time.monotonic()
-        silent_before = now - self.config.silent_after if self.config.silent_after else float("-inf")
-        for ordinal, window in sorted(attempt.windows.items()):
-            complete = not attempt.awaited(window, silent_before)
-            if not window.published:
-                overdue = window.first_closed is not None and 0 < self.config.late_after < now - window.first_closed
-                if not complete and not overdue:
-                    break
-                if missing := attempt.missing(ordinal):
-                    log.warning(
-                        "run %s: step %d is published without ranks %s, which have not closed it; what they still send "
-                        "corrects it",
-                        self.config.run,
-                        window.step,
-                        list(missing),
-                    )
-                self._submit(attempt, [window])
-            elif complete and window.changed:
-                log.info("run %s: step %d is corrected by what came late", self.config.run, window.step)
-                self._submit(attempt, [window])
-            if complete and window.published and not window.changed and not window.unwritten:
-                del attempt.windows[ordinal]
-                self._touch()
-        # What a writer is behind with stays in memory up to a bound, the newest windows first.
-        room = UNWRITTEN_BYTES
-        for ordinal, window in sorted(attempt.windows.items(), reverse=True):
-            if window.published and not window.parked and not attempt.awaited(window, silent_before):
-                room -= sum(entry.nbytes for entry in window.entries.values())
-                if room < 0:
-                    del attempt.windows[ordinal]
-
-    def _submit(self, attempt: Attempt, windows: Sequence[Window]) -> None:
-        jobs = [window.job(attempt.number, attempt.world_size, attempt.left, final=True) for window in windows]
-        self.running().submit(jobs)
-
-    def _finish(self, why: str) -> None:
-        """Publish what is open and end; nothing is taken from now on."""
-        self.ending = why
-        while self._merging:
-            self._changed.wait()
-        for attempt in self.attempts:
-            self._submit(attempt, [w for _, w in sorted(attempt.windows.items()) if w.changed or not w.published])
-        self._touch()
-        self.running().submit([], end=True)
-
-    # --- called by the publisher -----------------------------------------------------------------------------
-
-    def poll(self) -> list[Job]:
-        """Ends a run that nobody is left of, publishes what is overdue, and picks what to show live."""
-        now = time.monotonic()
-        if self._run_file is not None:
-            self._run_file.write_if_changed()
-        with self._lock:
-            if self.ending is not None or not self.attempts:
-                return []
-            heard = [member.heard for attempt in self.attempts for member in attempt.members.values()]
-            silence = now - max(heard, default=now)
-            if 0 < self.config.silent_after < silence:
-                log.warning(
-                    "run %s is ended: none of its workers was heard of for %.0f s; what had arrived is published",
-                    self.config.run,
-                    silence,
-                )
-                self._finish(f"none of its workers was heard of for {silence:.0f} s")
-                return []
-            for attempt in self.attempts:
-                self._advance(attempt)
-            if not self.config.publish_every or now < self._next_live:
-                return []
-            self._next_live = now + self.config.publish_every
-            return self._live_jobs()
-
-    def _live_jobs(self) -> list[Job]:
-        if not self.attempts:
-            return []
-        attempt = self.attempts[-1]
-        fresh = [window for window in attempt.windows.values() if window.changed and not window.published]
-        return [w.job(attempt.number, attempt.world_size, attempt.left, final=False) for w in fresh]
-
-    def announced(self, job: Job) -> None:
-        """A final window is decomposed, and its metrics are there."""
-        with self._lock:
-            for attempt in self.attempts:
-                if attempt.number == job.attempt:
-                    attempt.published = max(attempt.published, job.ordinal + 1)
-
-    def written(self, job: Job, everywhere: bool) -> None:
-        """Every writer has written a final window, or has given it up; then it is kept as long as there is room."""
-        with self._lock:
-            for attempt in self.attempts:
-                window = attempt.windows.get(job.ordinal)
-                if attempt.number == job.attempt and window is not None and everywhere:
-                    window.unwritten -= 1
-                    self._touch()
-                    if self.ending is None:
-                        self._advance(attempt)
-                    elif not attempt.missing(job.ordinal) and not window.unwritten:
-                        del attempt.windows[job.ordinal]
-
-    def ended(self, problems: Sequence[str]) -> None:
-        """The writers are closed: say in the files how the run has ended, and keep what a recovery would need."""
-        if self._run_file is not None:
-            self._run_file.end(self.ending or "", problems)
-        if self.saver is not None:
-            self.saver.stop()
-
-    def unpark(self, window: Window) -> None:
-        """Read a parked window's entries back; called without the lock."""
-        name = window.parked
-        if name is None:
-            return
-        try:
-            entries, lost = load_window(Storage(self.config.savefile), name), False
-        except (ReadError, OSError) as error:
-            self.running().problem(f"what had come for step {window.step} is lost: {error}")
-            entries, lost = {}, True
-        with self._lock:
-            if window.parked == name:
-                window.entries, window.parked = entries, None
-                window.broken |= window.closed if lost else set()
-
-    # --- called by the saver ---------------------------------------------------------------------------------
-
-    def freeze(self) -> Frozen:
-        """A consistent cut: every delta is in it wholly or not at all."""
-        with self._lock:
-            self._hold()
-            try:
-                metrics = {} if self.publisher is None else self.publisher.metrics()
-                state = State(self.config, self.layers, self.tokens, self.attempts, self.ending, self._scalars, metrics)
-                return freeze(state, self._version)
-            finally:
-                self._release()
-
-    def parkable(self) -> list[tuple[Window, int, list[list[int]], list[Cut]]]:
-        """Windows that are published and written, and wait for a late rank."""
-        with self._lock:
-            self._hold()
-            try:
-                return [
-                    (window, window.version, *freeze_window(window))
-                    for attempt in self.attempts
-                    for window in attempt.windows.values()
-                    if window.published and not (window.unwritten or window.changed) and window.entries
-                ]
-            finally:
-                self._release()
-
-    def parked(self, handle: Window, version: int, name: str) -> None:
-        """A window is in a file; if nothing has arrived since, its entries leave the memory."""
-        with self._lock:
-            if handle.version == version and not (handle.unwritten or handle.changed):
-                handle.entries, handle.parked = {}, name
-
-    def _hold(self) -> None:
-        """Let no delta begin to be merged, and wait for those that are; the lock is held."""
-        self._freezing = True
-        while self._merging:
-            self._changed.wait()
-
-    def _release(self) -> None:
-        self._freezing = False
-        self._changed.notify_all()
-
     # --- answers -----------------------------------------------------------------------------------------------
-
-    def running(self) -> Publisher:
-        """The publisher. Raises StoreError as long as no worker has come."""
-        if self.publisher is None:
-            raise StoreError(f"run {self.config.run!r} has no worker yet; a tracker registers when it is constructed")
-        return self.publisher
 
     def progress(self, timeout: float = 0.0) -> Progress:
         """How far publication is, with the latest metrics; the answer comes at once."""

@@ -73,7 +73,7 @@ class Owner(Protocol):
     def written(self, job: Job, everywhere: bool) -> None:
         """Every writer has written a final window, or has given it up."""
 
-    def ended(self, problems: Sequence[str]) -> None:
+    def ended(self) -> None:
         """The writers are closed."""
 
 
@@ -184,7 +184,7 @@ class Publisher:
             if not writer.close(max(0.0, deadline - time.monotonic())):
                 self.problem(f"writer {writer.writer.name} did not finish within {self._finish_timeout:.0f} s")
         try:
-            self._owner.ended(self.problems())
+            self._owner.ended()
         finally:
             self.finished.set()
 

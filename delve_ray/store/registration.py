@@ -11,8 +11,6 @@ from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.description import config_difference, layer_difference
 from delve_ray.store.protocol import Held, LayerInfo, Source, StoreConfig
 from delve_ray.store.run_file import RunFile
-from delve_ray.store.saving import Saver
-from delve_ray.store.state import State
 from delve_ray.writers import make_writers
 from delve_ray.writers.base import Writer
 
@@ -88,18 +86,12 @@ def admit(attempt: Attempt, source: Source, held: Held | None) -> Member:
 
 
 def prepare(
-    config: StoreConfig, layers: Sequence[LayerInfo], given: Sequence[Writer] | None, saver: Saver | None
-) -> tuple[RunFile | None, Sequence[Writer], State | None]:
-    """The run's file, its writers, and the state that was saved, where there is one.
-
-    On an error nothing has been started. Raises OptionError, RegistrationError.
-    """
-    if not config.save_to:
-        return None, (), None
+    config: StoreConfig, layers: Sequence[LayerInfo], given: Sequence[Writer] | None
+) -> tuple[RunFile | None, Sequence[Writer]]:
+    """The run's file and its writers. On an error nothing has been started. Raises OptionError, RegistrationError."""
+    if given is not None or not config.save_to:
+        return None, given or ()
     storage = Storage(config.savefile)
-    if given is not None:
-        return None, given, None if saver is None else saver.load()
     storage.prepare()
     writers = make_writers(config.save_to, storage)
-    run_file = RunFile(storage, config, layers)
-    return run_file, writers, (saver or Saver(storage, 0.0)).load() if config.resume else None
+    return RunFile(storage, config, layers), writers

@@ -9,7 +9,10 @@ snapshots.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import tempfile
 import threading
 import time
 import uuid
@@ -71,6 +74,19 @@ def load_window(storage: Storage, name: str) -> dict[tuple[int, int], Entry]:
         raise ReadError(f"{where} does not describe a window ({error})") from error
 
 
+def save_once(storage: Storage, frozen: Frozen) -> None:
+    """Write a state as the newest snapshot that a storage has. Raises OSError."""
+    saver = Saver(storage, 0.0)
+    number = max((int(name.split("-")[1]) + 1 for name in saver.snapshots()), default=0)
+    pieces = encode("snapshot", frozen.header, cut_arrays(frozen.cuts))
+    storage.write_atomic(f"{FOLDER}/snapshot-{number:06d}-{0:010d}.arrow", pieces)
+
+
+def rescue_folder(run: str) -> str:
+    """A folder on this machine for what a run's savefile has no room for; the run's name is in it as a hash alone."""
+    return os.path.join(tempfile.gettempdir(), f"delve_ray-rescue-{hashlib.sha256(run.encode()).hexdigest()[:16]}")
+
+
 class Saver:
     """Saves a store under `<savefile>/store`, every `every` seconds while something changes, and when asked.
 
@@ -106,7 +122,7 @@ class Saver:
 
         Later snapshots come after all that are there. Raises OSError when the storage cannot be read.
         """
-        names = sorted(self._snapshots(), reverse=True)
+        names = sorted(self.snapshots(), reverse=True)
         for folder in (FOLDER, "spectra", "covariances", "scalars"):  # the process before this one may have been killed
             self.storage.delete_temporaries(folder)
         self._incarnation = max((int(name.split("-")[1]) + 1 for name in names), default=0)
@@ -248,11 +264,12 @@ class Saver:
 
     def _check_alone(self) -> None:
         """Give way to a store that was started later: Ray has restarted this one's actor elsewhere."""
-        newest = max(self._snapshots(), default="")
+        newest = max(self.snapshots(), default="")
         if newest and int(newest.split("-")[1]) > self._incarnation:
             raise OSError(f"a later store of this run has written {newest}")
 
-    def _snapshots(self) -> list[str]:
+    def snapshots(self) -> list[str]:
+        """Names of the snapshots that are there."""
         names = [name.rpartition("/")[2] for name in self.storage.list_files(FOLDER, ".arrow")]
         return [name for name in names if name.startswith("snapshot-") and name.count("-") == 2]
 

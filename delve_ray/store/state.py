@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -34,6 +35,18 @@ class State:
     ending: str | None
     scalars: dict[tuple[str, int], tuple[Scalar, ...]]
     metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether something of it is not in the files."""
+        windows = [window for attempt in self.attempts for window in attempt.windows.values()]
+        return self.ending is None or bool(self.scalars) or any(w.changed or not w.published for w in windows)
+
+    def closed(self) -> State:
+        """The state for a run that is resumed: nobody belongs to its attempts any more, whatever they call theirs."""
+        for attempt in self.attempts:
+            attempt.token = uuid.uuid4().hex
+        return replace(self, ending=None, tokens=[None] * len(self.tokens))
 
 
 @dataclass(frozen=True, slots=True)
