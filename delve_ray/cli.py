@@ -154,10 +154,9 @@ def _recover(options: argparse.Namespace) -> int:
     else:
         merged = [outcome for outcome in outcomes if outcome.merged]
         steps = sorted({outcome.step for outcome in merged})
-        what = (
-            f"{len(merged)} deltas of ranks {sorted({o.rank for o in merged})}, steps {steps}" if merged else "nothing"
-        )
-        print(f"{printable(options.run)}: merged {what}")
+        ranks = sorted({outcome.rank for outcome in merged})
+        what = f"merged {len(merged)} deltas of ranks {ranks}, steps {steps}" if merged else "nothing to merge"
+        print(f"{printable(options.run)}: {what}")
     for outcome in outcomes:
         if not outcome.merged:
             _fail(f"{outcome.file} is not merged: {outcome.problem}")

@@ -405,7 +405,7 @@ class Shipper:
     def _heartbeat(self) -> None:
         """Say that this worker lives; fetch the metrics when a new window has been published."""
         try:
-            ack = self.store.heartbeat(self.source)
+            ack = self.store.heartbeat(self.source, self.outbox.status())
             self.note(ack)
             if ack.published != self._fetched:
                 self.metrics = dict(self.store.progress().metrics)

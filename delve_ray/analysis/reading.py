@@ -37,14 +37,19 @@ _ROW = "__row"
 
 
 def read_spectra(
-    paths: RunPath | Iterable[RunPath], columns: Sequence[str] | None = None, filters: Filters | None = None
+    paths: RunPath | Iterable[RunPath],
+    columns: Sequence[str] | None = None,
+    filters: Filters | None = None,
+    *,
+    attempts: str = "latest",
 ) -> pa.Table:
     """The spectra of one or several runs: one row per (run, phase, step, layer).
 
     `paths` is one savefile or several, as paths, URIs or `Storage`; a directory that is no run is searched
     for runs below it, as a sweep has them. Within a run directory the latest attempt holds for every (phase,
     step) that it wrote, and of it the highest revision; what an attempt did not replay stays from the one
-    before. Only then `filters` applies: an expression of pyarrow.compute, or a list of tuples as
+    before. With `attempts="all"` each attempt has its own rows, of the highest revision, those that a later one
+    replaces included. Only then `filters` applies: an expression of pyarrow.compute, or a list of tuples as
     `pyarrow.parquet.read_table` takes it. `columns` restricts the result, in that order; only what is needed
     is read.
 
@@ -61,11 +66,15 @@ def read_spectra(
     >>> read_spectra(run, columns=["step", "layer", "saturation"], filters=[("phase", "==", "eval")]).shape
     (0, 3)
     """
-    return _read(SPECTRA, paths, columns, filters)
+    return _read(SPECTRA, paths, columns, filters, attempts)
 
 
 def read_covariances(
-    paths: RunPath | Iterable[RunPath], columns: Sequence[str] | None = None, filters: Filters | None = None
+    paths: RunPath | Iterable[RunPath],
+    columns: Sequence[str] | None = None,
+    filters: Filters | None = None,
+    *,
+    attempts: str = "latest",
 ) -> pa.Table:
     """The means and packed covariances of one or several runs; everything else as in `read_spectra`.
 
@@ -73,22 +82,33 @@ def read_covariances(
     `delve_ray.moments.unpack_triangle` makes a matrix of it. A step that a later attempt or revision
     published without covariances has none: those of before describe other observations than its spectra.
     """
-    return _read(COVARIANCES, paths, columns, filters)
+    return _read(COVARIANCES, paths, columns, filters, attempts)
 
 
 def read_scalars(
-    paths: RunPath | Iterable[RunPath], columns: Sequence[str] | None = None, filters: Filters | None = None
+    paths: RunPath | Iterable[RunPath],
+    columns: Sequence[str] | None = None,
+    filters: Filters | None = None,
+    *,
+    attempts: str = "latest",
 ) -> pa.Table:
     """What `add_scalar` recorded, one row per (run, name, step, rank), sorted so; else as `read_spectra`.
 
     The latest attempt that recorded a name at a step holds, and of a rank that did so twice the later value.
     """
-    return _read(SCALARS, paths, columns, filters)
+    return _read(SCALARS, paths, columns, filters, attempts)
 
 
 def _read(
-    kind: Kind, paths: RunPath | Iterable[RunPath], columns: Sequence[str] | None, filters: Filters | None
+    kind: Kind,
+    paths: RunPath | Iterable[RunPath],
+    columns: Sequence[str] | None,
+    filters: Filters | None,
+    attempts: str,
 ) -> pa.Table:
+    if attempts not in ("latest", "all"):
+        raise ReadError(f"attempts={attempts!r} is neither 'latest' nor 'all'")
+    kind = kind.of_each_attempt() if attempts == "all" else kind
     if isinstance(columns, str):
         columns = [columns]
     wanted = kind.schema.names if columns is None else list(columns)
@@ -134,7 +154,8 @@ def _read_run_once(run: Storage, kind: Kind, wanted: Sequence[str], expression: 
         first.update(name for name in wanted if not pa.types.is_list(kind.schema.field(name).type))
     # A covariance must not outlive its spectrum, so the spectra's keys count, too. They are read first, because
     # a writer puts covariances first: what is replaced meanwhile can then not seem to be without any.
-    spectra = read_files(run, SPECTRA, list_files(run, SPECTRA), kind.keys)[0] if kind is COVARIANCES else None
+    paired = kind.folder == COVARIANCES.folder
+    spectra = read_files(run, SPECTRA, list_files(run, SPECTRA), kind.keys)[0] if paired else None
     files = list_files(run, kind)
     table, counts = read_files(run, kind, files, [name for name in kind.schema.names if name in first])
     table = table.append_column(_ROW, pa.array(np.arange(table.num_rows)))

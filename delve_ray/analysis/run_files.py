@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -48,6 +48,11 @@ class Kind:
     def keys(self) -> list[str]:
         """The columns that decide which rows hold; the later wall_time settles what is left."""
         return [*self.group, *self.version, *self.item, "wall_time"]
+
+    def of_each_attempt(self) -> Kind:
+        """The same, but that each attempt has rows of its own."""
+        version = tuple(name for name in self.version if name != "attempt")
+        return replace(self, group=(*self.group, "attempt"), version=version, order=(*self.order, "attempt"))
 
 
 _WINDOW = ("run", "phase", "step")

@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -105,9 +105,9 @@ class StoreActor:
         """See `protocol.Store.take`. The buffer is a view of Ray's object store; it is read, never kept."""
         return self._store.take(delta, buffer)
 
-    def heartbeat(self, source: Source) -> Ack:
+    def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
         """See `protocol.Store.heartbeat`."""
-        return self._store.heartbeat(source)
+        return self._store.heartbeat(source, outbox)
 
     def progress(self) -> Progress:
         """See `protocol.Store.progress`."""
@@ -253,9 +253,9 @@ class RemoteStore:
         self._put = None
         return ack
 
-    def heartbeat(self, source: Source) -> Ack:
+    def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
         """See `protocol.Store.heartbeat`."""
-        ack: Ack = self._call("heartbeat", source)
+        ack: Ack = self._call("heartbeat", source, outbox)
         return ack
 
     def progress(self, timeout: float = CALL_TIMEOUT_S) -> Progress:

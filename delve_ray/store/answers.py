@@ -62,6 +62,7 @@ def status(store: CovarianceStore) -> dict[str, Any]:
                 "left": member.left,
                 "host": member.source.host,
                 "pid": member.source.pid,
+                "outbox": member.outbox,
             }
             if store.saver is not None:
                 state["ranks"][rank]["durable"] = store.saver.durable(member.source.source)

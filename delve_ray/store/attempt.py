@@ -32,6 +32,7 @@ class Member:
         gap: a window to which this source came when the store had already lost or missed a part of it.
         changed: version of the store's state at the last change of this member.
         left: whether it has completed, so that nothing waits for it.
+        outbox: what waits at the source, by its own account.
     """
 
     source: Source
@@ -43,6 +44,7 @@ class Member:
     changed: int = 0
     left: bool = False
     heard: float = field(default_factory=time.monotonic)
+    outbox: dict[str, int] = field(default_factory=dict)
     # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
     lock: threading.Lock = field(default_factory=threading.Lock)
 

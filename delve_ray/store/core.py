@@ -105,11 +105,12 @@ class CovarianceStore(WindowStore):
             self._run_file.begin_attempt(number, world_size)
         return attempt
 
-    def heartbeat(self, source: Source) -> Ack:
-        """Say that the source is alive."""
+    def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
+        """Say that the source is alive. See `protocol.Store.heartbeat`."""
         with self._lock:
             attempt, member = self._find(source)
             member.heard = time.monotonic()
+            member.outbox = dict(outbox or {})
             return self._ack(attempt, member)
 
     def leave(self, source: Source, *, completed: bool, sent: int, timeout: float = 0.0) -> Ack:

@@ -29,6 +29,9 @@ def start_store(
     publish_every: float = 30.0,
     precision: str = "float32",
     resume: bool = False,
+    late_after: float = 60.0,
+    silent_after: float = 300.0,
+    snapshot_every: float = SNAPSHOT_EVERY_S,
 ) -> Any:
     """Start a run's store from a driver, on the driver's node, and return the actor's handle.
 
@@ -36,6 +39,10 @@ def start_store(
     take it as `store=`. A relative savefile is meant from the driver's working directory. The handle answers
     `covariance.remote(layer, phase)`, `spectrum.remote(layer, phase)` and `status.remote()`. The store ends with
     its run. With `resume` a savefile that holds this run is gone on with. Ray must be initialised.
+
+    A window is published without the ranks that have not closed it `late_after` seconds after the first one has. A
+    rank that was not heard of for `silent_after` seconds is not waited for any more; if that holds for all, the run
+    is published and ended. 0 is never. Every `snapshot_every` seconds the store saves what workers need not keep.
 
     Raises OptionError for an option that cannot be used, NotImplementedError for `num_shards` other than 1.
     """
@@ -54,7 +61,9 @@ def start_store(
         thresholds=thresholds if len(thresholds) > 1 else (),
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=float(np.finfo(precision).eps),
-        snapshot_every=SNAPSHOT_EVERY_S,
+        snapshot_every=check_seconds("snapshot_every", snapshot_every),
+        late_after=check_seconds("late_after", late_after),
+        silent_after=check_seconds("silent_after", silent_after),
         resume=check_flag("resume", resume),
     )
     Storage(config.savefile)  # refuses a filesystem that pyarrow does not know

@@ -227,8 +227,11 @@ class Store(Protocol):
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """Merge a delta once, in whatever order; a repeated one is acknowledged and left out. Raises DeltaRefused."""
 
-    def heartbeat(self, source: Source) -> Ack:
-        """Say that the source is alive. Raises UnknownSource where the store does not know it."""
+    def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
+        """Say that the source is alive, and what waits in its outbox, for `status`.
+
+        Raises UnknownSource where the store does not know it.
+        """
 
     def progress(self, timeout: float = 60.0) -> Progress:
         """How far publication is, with the latest metrics; the answer comes within `timeout` seconds."""
