@@ -72,6 +72,8 @@ def recover(
     if store is None:
         return []
     outcomes = [_take(store, name, parcel) for name, parcel in parcels]
+    if not store.joined:
+        return outcomes
     store.finish("recovered")
     if not store.wait_finished(TIMEOUT_S):
         raise ReadError(f"{storage.uri}: the rows are not written after {TIMEOUT_S:.0f} s; the files are kept")

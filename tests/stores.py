@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -52,17 +53,18 @@ def config(**changes: Any) -> StoreConfig:
     return replace(base, **changes)
 
 
-def source(rank: int, name: str = "", token: str = "") -> Source:
-    return Source("r", token, rank, name or f"s{rank}", "host", 100 + rank)
+def source(rank: int, name: str = "", token: str = "", pid: int = 100) -> Source:
+    return Source("r", token, rank, name or f"s{token}{rank}", "host", pid + rank)
 
 
 class Worker:
     """Sends rows to a store like a tracker does, with its own sequence of deltas."""
 
-    def __init__(self, store: CovarianceStore, rank: int, **changes: Any) -> None:
+    def __init__(self, store: CovarianceStore, rank: int, options: StoreConfig | None = None, **changes: Any) -> None:
         self.store, self.source = store, source(rank, **changes)
-        self.attempt = store.register(self.source, store.config, LAYERS).attempt
-        self.seq = self.window = 0
+        welcome = store.register(self.source, options or store.config, LAYERS)
+        self.attempt, self.window = welcome.attempt, welcome.window
+        self.seq = 0
 
     def delta(self, rows: dict[tuple[int, int], np.ndarray], step: int, closes: bool) -> tuple[Delta, np.ndarray]:
         entries, parts = [], [np.empty(0)]
@@ -101,6 +103,14 @@ def published(store: CovarianceStore, windows: int) -> None:
     while store.progress().published < windows:
         assert time.monotonic() < deadline, store.status()
         time.sleep(0.002)
+
+
+def until(condition: Callable[[], object], what: str = "") -> None:
+    """Wait until something holds."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
 
 
 def written(store: CovarianceStore, windows: int) -> None:

@@ -81,6 +81,7 @@ class CovarianceStore(WindowStore):
                 current = self._begin_attempt(source.token, config.world_size, held)
             member = registration.admit(current, source, held)
             self._touch(member)
+            self._advance(current)
             welcome = Welcome(current.number, member.next_window)
         if self._run_file is not None:
             self._run_file.write_if_changed()
@@ -137,7 +138,7 @@ class CovarianceStore(WindowStore):
             return replace(self._ack(attempt, member), left=member.left or (there and not completed))
 
     def _find(self, source: Source) -> tuple[Attempt, Member]:
-        for attempt in self.attempts:
+        for attempt in reversed(self.attempts):
             member = attempt.members.get(source.rank)
             if member is not None and member.source == source:
                 return attempt, member

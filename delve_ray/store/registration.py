@@ -81,6 +81,11 @@ def admit(attempt: Attempt, source: Source, held: Held | None) -> Member:
     elif before is not None:
         member.next_window = max(other.next_window for other in attempt.members.values())
         member.gap = member.next_window
+        for ordinal, window in attempt.windows.items():  # what it will never close
+            if before.next_window <= ordinal < member.next_window:
+                window.closed.add(source.rank)
+                window.broken.add(source.rank)
+                window.touch()
     attempt.members[source.rank] = member
     return member
 
