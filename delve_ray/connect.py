@@ -14,13 +14,15 @@ from typing import Any
 import torch.distributed
 
 from delve_ray.checks import check_integer, check_name
-from delve_ray.errors import OptionError, ReadError, StoreError
+from delve_ray.errors import OptionError, ReadError, RunEnded, StoreError
 from delve_ray.integrations.ray_train import current_worker, resolve_savefile
 from delve_ray.recorder import RecorderOptions
+from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import SNAPSHOT_EVERY_S, LayerInfo, Source, Store, StoreConfig, Welcome
 from delve_ray.store.run_file import read_run
+from delve_ray.writers import check_save_to
 
 REGISTER_TIMEOUT_S = 60.0
 """How long a worker tries to register with a store that does not answer."""
@@ -188,13 +190,54 @@ def publication(
     )
 
 
-def register(store: Store, source: Source, config: StoreConfig, layers: Sequence[LayerInfo]) -> Welcome:
-    """Join the run, and wait for a store that is being restarted. Raises what `Store.register` raises."""
+def choose(
+    config: StoreConfig,
+    settings: StoreConfig | None,
+    save_to: str | Sequence[str] | None,
+    stats: Sequence[str] | str | None,
+    sat_threshold: float | Sequence[float] | None,
+    *,
+    nosave: bool,
+) -> StoreConfig:
+    """How the run is published, with the user's choices; what is left out is as in a given store, else the default.
+
+    Raises OptionError for what cannot be used.
+    """
+    if nosave:
+        config = replace(config, save_to=())
+    elif save_to is not None or settings is None:
+        config = replace(config, save_to=check_save_to(save_to if save_to is not None else ()))
+    if stats is not None or settings is None:
+        config = replace(config, stats=resolve_stats(stats))
+    if sat_threshold is not None:
+        thresholds = check_thresholds(sat_threshold)
+        config = replace(config, threshold=thresholds[0], thresholds=thresholds if len(thresholds) > 1 else ())
+    return config
+
+
+def enter(
+    identity: Identity, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], given: Store | None
+) -> tuple[Store, Welcome]:
+    """Find or start the run's store and register with it.
+
+    Waits for a store that is being restarted, and, where the run is resumed, for one of the run's last life to go.
+    Raises what `Store.register` raises; then a store that was started here is gone.
+    """
     deadline = time.monotonic() + REGISTER_TIMEOUT_S
     while True:
+        store, ours = (given, False) if given is not None else join(identity, config)
         try:
-            return store.register(source, config, layers)
+            return store, store.register(source, config, layers)
+        except RunEnded:
+            if given is not None or not identity.resume or not identity.on_ray or time.monotonic() >= deadline:
+                raise
+            if identity.rank == 0 and store.progress().finished:
+                store.end()
         except StoreError as error:
             if error.final or time.monotonic() >= deadline:
                 raise
+        except BaseException:
+            if ours:
+                store.abandon()
+            raise
         time.sleep(0.5)

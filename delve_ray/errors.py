@@ -30,6 +30,10 @@ class RegistrationError(DelveRayError, ValueError):
     """A worker does not fit the run that it wants to join (layers, world size, rank, run in use)."""
 
 
+class RunEnded(RegistrationError):
+    """The run that a worker wants to join has ended, and its store is still there."""
+
+
 class DeltaRefused(DelveRayError, ValueError):
     """A delta that the store turned away; the store is as it was before."""
 

@@ -12,18 +12,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from collections.abc import Callable
 
 from delve_ray.errors import StoreError, UnknownSource
 from delve_ray.memory import known_widths, outbox_bytes, worker_bytes
 from delve_ray.moments import F64
 from delve_ray.outbox import Outbox
-from delve_ray.recorder import Harvest, Recorder
-from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, Welcome, moments_size
+from delve_ray.packing import Packer, Pending
+from delve_ray.recorder import Recorder
+from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, Welcome
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
@@ -34,23 +31,6 @@ RETRY_S = (0.1, 5.0)
 """First and longest pause before a delta is offered again to a store that did not answer."""
 TELL_S = 60.0
 """A store that does not answer is mentioned this often."""
-
-
-@dataclass(slots=True)
-class _Pending:
-    """What one delta will carry: harvested, not yet packed."""
-
-    window: int
-    step: int
-    closes: bool
-    labelled: bool
-    harvest: Harvest
-    scalars: list[Scalar]
-    complete: bool = True
-
-    @property
-    def nbytes(self) -> int:
-        return sum(accumulator.nbytes(accumulator.features) for accumulator in self.harvest.values())
 
 
 class Shipper:
@@ -87,15 +67,15 @@ class Shipper:
         self.leaving = False
         self.last_ack: Ack | None = None
         self._rejoin = rejoin
+        self._pack = Packer(recorder.layers)
         self._next_step = first_step
         self._packed_window = welcome.window
         self._first = True  # whether the next delta is the first of its window
-        self._queue: deque[_Pending] = deque()
+        self._queue: deque[Pending] = deque()
         self._scalars: list[Scalar] = []
         self._packing = False
         self._stopping = False
         self._fetched = -1
-        self._warned: set[tuple[int, int]] = set()
         self._told = float("-inf")
         self._awake = False
         # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
@@ -117,7 +97,7 @@ class Shipper:
         with self.recorder.lock, self._state:  # in this order everywhere: a hook has the first when a signal ends it
             harvest = self.recorder.harvest(end_of_window=True)
             label = self._next_step if step is None else step
-            item = _Pending(self.windows, label, True, step is not None, harvest, self._take_scalars())
+            item = Pending(self.windows, label, True, step is not None, harvest, self._take_scalars())
             if self._queue and sum(other.nbytes for other in (*self._queue, item)) > self._limit():
                 item.harvest, item.complete = {}, False
                 log.error(
@@ -139,7 +119,7 @@ class Shipper:
             harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
             scalars = self._take_scalars()
             if harvest or scalars:
-                self._queue.append(_Pending(self.windows, self._next_step, False, False, harvest, scalars))
+                self._queue.append(Pending(self.windows, self._next_step, False, False, harvest, scalars))
             self._state.notify_all()
 
     def add_scalar(self, scalar: Scalar) -> None:
@@ -156,10 +136,10 @@ class Shipper:
         """Bytes of accumulators that may wait to be packed, above the ones that `worker_bytes` counts."""
         return max(0, self.recorder.options.max_memory - worker_bytes(known_widths(self.recorder.layers)))
 
-    def flush(self, timeout: float, tell: Callable[[], None] | None = None, tell_every: float = 10.0) -> bool:
+    def flush(self, timeout: float, *, tell_every: float = float("inf")) -> bool:
         """Wait until all that is queued is in the store; False when that takes longer.
 
-        Every `tell_every` seconds of waiting `tell` is called.
+        Every `tell_every` seconds the log says what is waited for.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -169,8 +149,13 @@ class Shipper:
                     return self.lost is None
             if left <= tell_every:
                 return False
-            if tell is not None:
-                tell()
+            log.warning(
+                "rank %d of run %s waits for its store, %.0f s more, which has not got: %s",
+                self.source.rank,
+                self.source.run,
+                left - tell_every,
+                self.undelivered(),
+            )
 
     def wake(self) -> None:
         """Ask the store at once what it has."""
@@ -213,7 +198,7 @@ class Shipper:
                     return
                 item = self._queue[0] if self._queue else None
                 if item is None and self._scalars:
-                    item = _Pending(self.windows, self._next_step, False, False, {}, self._take_scalars())
+                    item = Pending(self.windows, self._next_step, False, False, {}, self._take_scalars())
                     self._queue.append(item)
             if item is not None:
                 self._pack_next(item)
@@ -222,10 +207,10 @@ class Shipper:
                     self.queue_live()
                 next_live = time.monotonic() + every
 
-    def _pack_next(self, item: _Pending) -> None:
+    def _pack_next(self, item: Pending) -> None:
         self._packing = True
         try:
-            delta, buffer = self._pack(item)
+            delta, buffer = self._pack(item, self.source, self.attempt, self.sent)
             widths = [self.recorder.width(index) or 0 for index in range(len(self.recorder.layers))]
             memory = outbox_bytes(widths)
             limit = max(memory, self.recorder.options.max_memory - worker_bytes(widths) + memory)
@@ -241,56 +226,6 @@ class Shipper:
                 self._queue.popleft()
                 self._packing = False
                 self._state.notify_all()
-
-    def _pack(self, item: _Pending) -> tuple[Delta, F64]:
-        """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
-        layers = self.recorder.layers
-        keys = sorted(item.harvest)
-        buffer = np.empty(sum(moments_size(item.harvest[key].features) for key in keys))
-        entries = []
-        widths: dict[int, int] = {}
-        start = 0
-        for index, phase in keys:
-            features = item.harvest[index, phase].features
-            size = moments_size(features)
-            n, nonfinite = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
-            if n or nonfinite:
-                start += size
-                entries.append((index, phase, n, nonfinite))
-                if layers[index].features is None:
-                    widths[index] = features
-        self._warn_nonfinite(entries, item)
-        delta = Delta(
-            self.source,
-            self.attempt,
-            self.sent,
-            item.window,
-            item.step,
-            item.closes,
-            item.labelled,
-            tuple(entries),
-            tuple(widths.items()),
-            tuple(item.scalars),
-            item.complete,
-        )
-        # What is kept is what was filled, not what might have been.
-        return delta, buffer[:start] if 2 * start > buffer.size else buffer[:start].copy()
-
-    def _warn_nonfinite(self, entries: Sequence[tuple[int, int, int, int]], item: _Pending) -> None:
-        """Say which layers have non-finite rows, once per layer, phase and window however often it is flushed."""
-        for index, phase, n, nonfinite in entries:
-            if nonfinite and (index, phase) not in self._warned:
-                self._warned.add((index, phase))
-                log.warning(
-                    "layer %s, %s, step %d: %d of %d rows are not finite and were left out",
-                    self.recorder.layers[index].name,
-                    PHASES[phase],
-                    item.step,
-                    nonfinite,
-                    nonfinite + n,
-                )
-        if item.closes:
-            self._warned.clear()
 
     # --- the sender's thread -----------------------------------------------------------------------------------
 

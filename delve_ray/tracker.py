@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from delve_ray.checks import check_flag, check_integer, check_name, check_seconds
-from delve_ray.connect import given_store, identify, join, publication, register
+from delve_ray.connect import choose, enter, given_store, identify, publication
 from delve_ray.errors import OptionError, StoreError
 from delve_ray.masks import MaskFunction, check_mask
 from delve_ray.memory import fit_memory
@@ -37,11 +37,9 @@ from delve_ray.outbox import Outbox, spill_folder
 from delve_ray.recorder import Recorder, RecorderOptions
 from delve_ray.selection import LayerFilter, Modules, root_modules, select_layers
 from delve_ray.shipping import Shipper
-from delve_ray.stat_options import check_thresholds, resolve_stats
-from delve_ray.store.protocol import LayerInfo, Store
+from delve_ray.store.protocol import LayerInfo
 from delve_ray.undelivered import keep_undelivered
 from delve_ray.waiting import TELL_S, leave, wait_published
-from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
@@ -207,33 +205,18 @@ class SaturationTracker:
         settings = given.settings() if given is not None else None
         identity = identify(savefile, run, rank, world_size, settings, check_resume(resume))
         config = publication(identity, settings, options, publish_every=live)
-        if check_flag("nosave", nosave):
-            config = replace(config, save_to=())
-        elif save_to is not None or settings is None:
-            config = replace(config, save_to=check_save_to(save_to if save_to is not None else ()))
-        if stats is not None or settings is None:
-            config = replace(config, stats=resolve_stats(stats))
-        if sat_threshold is not None:
-            thresholds = check_thresholds(sat_threshold)
-            config = replace(config, threshold=thresholds[0], thresholds=thresholds if len(thresholds) > 1 else ())
+        config = choose(config, settings, save_to, stats, sat_threshold, nosave=check_flag("nosave", nosave))
         self._source = identity.source()
         self._recorder = Recorder(tracked, replace(options, seed=options.seed + self._source.rank))
         try:
             if mask is not None:
                 self._recorder.ask_for_masks([root for _, root in root_modules(modules)], mask)
-            self._store: Store
-            self._store, ours = (given, False) if given is not None else join(identity, config)
-            try:
-                infos = [LayerInfo(layer.name, layer.layer_type, layer.features) for layer in tracked]
-                welcome = register(self._store, self._source, config, infos)
-            except BaseException:
-                if ours:
-                    self._store.abandon()
-                raise
+            infos = [LayerInfo(layer.name, layer.layer_type, layer.features) for layer in tracked]
+            self._store, welcome = enter(identity, self._source, config, infos, given)
         except BaseException:
             self._recorder.close()
             raise
-        self._config, self._infos = config, infos
+        self._config = config
         outbox = Outbox(config, infos, spill_folder(config.run, self._source.source, spill))
         self._shipper = Shipper(
             self._store,
@@ -401,7 +384,7 @@ class SaturationTracker:
                 self._shipper.close_window(None)
             elif self._recorder.phases():
                 self._shipper.queue_live()
-            if self._shipper.flush(timeout, self._tell_waiting, TELL_S):
+            if self._shipper.flush(timeout, tell_every=TELL_S):
                 safe = leave(self._shipper, deadline, completed=completed, rejoinable=self._rejoinable)
         finally:  # also when Ctrl-C ends the waiting
             self._shipper.stop()
@@ -409,14 +392,6 @@ class SaturationTracker:
                 keep_undelivered(self._shipper, self._config.savefile)
             self._shipper.outbox.clear()
             atexit.unregister(self.close)
-
-    def _tell_waiting(self) -> None:
-        log.warning(
-            "rank %d of run %s waits for its store, which has not got: %s",
-            self._source.rank,
-            self._source.run,
-            self._shipper.undelivered(),
-        )
 
     def _check_open(self, method: str) -> None:
         if self._closed:

@@ -44,6 +44,8 @@ FIND_TIMEOUT_S = 60.0
 """How long a rank other than 0 waits for rank 0 to start the store."""
 UNUSED_AFTER_S = 3600.0
 """How long a store that a driver started waits for its first worker."""
+INLINE_BYTES = 64 << 10
+"""Buffers below this travel with the call; Ray puts arguments of more than 100 KB into its object store anyway."""
 READY_TIMEOUT_S = 10.0
 """How long a call waits for a store that is being restored, before the caller is told to ask again."""
 FINISH_TIMEOUT_S = 3600.0
@@ -155,7 +157,7 @@ _GROUPS = {
     "query": ("settings", "heartbeat", "progress", "covariance", "spectrum", "status"),
     "wait": ("flush",),
 }
-_GROUP_THREADS = {"intake": 1, "control": 1, "query": 2, "wait": 2}
+_GROUP_THREADS = {"intake": 1, "control": 2, "query": 2, "wait": 2}
 
 
 @lru_cache(maxsize=1)
@@ -245,6 +247,9 @@ class RemoteStore:
         The buffer lies in Ray's object store once, however often the delta is offered: what a store that has stopped
         has not answered still refers to it.
         """
+        if buffer.nbytes < INLINE_BYTES:
+            small: Ack = self._call("take", delta, buffer)
+            return small
         key = (delta.source.source, delta.seq)
         if self._put is None or self._put[0] != key:
             self._put = None  # frees the one before, before there is another

@@ -77,7 +77,8 @@ class CovarianceStore(WindowStore):
             if self.publisher is None:
                 self._open(replace(self.config, recording=self.config.recording or config.recording), layers)
                 current = self.attempts[-1] if self.attempts else None
-            if current is None or current.token != source.token:
+            begins = current is None or current.token != source.token
+            if current is None or begins:
                 current = self._begin_attempt(source.token, config.world_size, held)
             member = registration.admit(current, source, held)
             self._touch(member)
@@ -85,7 +86,8 @@ class CovarianceStore(WindowStore):
             welcome = Welcome(current.number, member.next_window)
         if self._run_file is not None:
             self._run_file.write_if_changed()
-        if self.saver is not None and not self.saver.wait_saved(self._version, SAVE_TIMEOUT_S):
+        # A restarted store has to know which attempt is the last; everything else its workers would tell it.
+        if begins and self.saver is not None and not self.saver.wait_saved(self._version, SAVE_TIMEOUT_S):
             log.error("run %s: the registration of rank %d could not be saved", self.config.run, source.rank)
         return welcome
 

@@ -56,7 +56,7 @@ def check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo]
             raise refusal(delta, f"{where} has moments without observations")
         if (packed_diagonal(moments[features:], features) < 0).any():
             raise refusal(delta, f"{where} has a scatter with a negative diagonal")
-    if delta.checksum != fingerprint(delta, np.ascontiguousarray(buffer)):
+    if delta.checksum != fingerprint(delta, buffer):
         raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
     return widths
 

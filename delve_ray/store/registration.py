@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from delve_ray.errors import RegistrationError
+from delve_ray.errors import RegistrationError, RunEnded
 from delve_ray.storage import Storage
 from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.description import config_difference, layer_difference
@@ -25,7 +25,7 @@ def check(
     run = store.config.run
     current = store.attempts[-1] if store.attempts else None
     if store.ending is not None:
-        raise RegistrationError(f"run {run!r} has ended; choose another run name to start a new one")
+        raise RunEnded(f"run {run!r} has ended ({store.ending}); choose another run name to start a new one")
     if difference := config_difference(store.config, config, source.rank):
         raise RegistrationError(difference)
     world_size = current.world_size if current is not None and current.token == source.token else config.world_size

@@ -1,0 +1,93 @@
+"""From accumulators to a delta: all layers of a window, or of a part of it, in one float64 buffer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from delve_ray.moments import F64
+from delve_ray.recorder import Harvest
+from delve_ray.schema import PHASES
+from delve_ray.selection import TrackedLayer
+from delve_ray.store.protocol import Delta, Source, moments_size
+from delve_ray.writers.base import Scalar
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Pending:
+    """What one delta will carry: harvested, not yet packed."""
+
+    window: int
+    step: int
+    closes: bool
+    labelled: bool
+    harvest: Harvest
+    scalars: list[Scalar]
+    complete: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the accumulators."""
+        return sum(accumulator.nbytes(accumulator.features) for accumulator in self.harvest.values())
+
+
+class Packer:
+    """Packs what was harvested from these layers, and says which of them have non-finite rows."""
+
+    def __init__(self, layers: Sequence[TrackedLayer]) -> None:
+        self._layers = layers
+        self._warned: set[tuple[int, int]] = set()
+
+    def __call__(self, item: Pending, source: Source, attempt: int, seq: int) -> tuple[Delta, F64]:
+        """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
+        keys = sorted(item.harvest)
+        buffer = np.empty(sum(moments_size(item.harvest[key].features) for key in keys))
+        entries = []
+        widths: dict[int, int] = {}
+        start = 0
+        for index, phase in keys:
+            features = item.harvest[index, phase].features
+            size = moments_size(features)
+            n, nonfinite = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
+            if n or nonfinite:
+                start += size
+                entries.append((index, phase, n, nonfinite))
+                if self._layers[index].features is None:
+                    widths[index] = features
+        self._warn_nonfinite(entries, item)
+        delta = Delta(
+            source,
+            attempt,
+            seq,
+            item.window,
+            item.step,
+            item.closes,
+            item.labelled,
+            tuple(entries),
+            tuple(widths.items()),
+            tuple(item.scalars),
+            item.complete,
+        )
+        # What is kept is what was filled, not what might have been.
+        return delta, buffer[:start] if 2 * start > buffer.size else buffer[:start].copy()
+
+    def _warn_nonfinite(self, entries: Sequence[tuple[int, int, int, int]], item: Pending) -> None:
+        """Say which layers have non-finite rows, once per layer, phase and window however often it is flushed."""
+        for index, phase, n, nonfinite in entries:
+            if nonfinite and (index, phase) not in self._warned:
+                self._warned.add((index, phase))
+                log.warning(
+                    "layer %s, %s, step %d: %d of %d rows are not finite and were left out",
+                    self._layers[index].name,
+                    PHASES[phase],
+                    item.step,
+                    nonfinite,
+                    nonfinite + n,
+                )
+        if item.closes:
+            self._warned.clear()
