@@ -20,7 +20,6 @@ def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
     run, rank = shipper.source.run, shipper.source.rank
     outbox = shipper.outbox
     if not len(outbox):
-        log.error("rank %d of run %s: %s; everything had been delivered", rank, run, shipper.lost or "no answer")
         return []
     what, problem = shipper.undelivered(), shipper.lost or "the store did not take it in time"
     storage = Storage(savefile)

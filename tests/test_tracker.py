@@ -641,7 +641,7 @@ def test_an_interrupted_close_leaves_nothing_running(savefile: str, monkeypatch:
         tracker.close(timeout="5")  # type: ignore[arg-type]
     assert model._forward_hooks, "a bad timeout closes nothing"
 
-    def interrupted(*args: Any) -> bool:
+    def interrupted(*args: Any, **options: Any) -> bool:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Shipper, "flush", interrupted)
