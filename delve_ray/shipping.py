@@ -29,6 +29,8 @@ HEARTBEAT_S = 5.0
 """Sign of life, and refresh of the metrics that `metrics(wait=False)` answers from."""
 RETRY_S = (0.1, 5.0)
 """First and longest pause before a delta is offered again to a store that did not answer."""
+PACK_S = 10.0
+"""How long the end waits for what is still to be packed."""
 TELL_S = 60.0
 """A store that does not answer is mentioned this often."""
 
@@ -168,8 +170,9 @@ class Shipper:
         with self._state:
             self._stopping = True
             self._state.notify_all()
-        for thread in self._threads:
-            thread.join(1.0)  # it may hang in a call to the store; it ends with that
+        packer, sender = self._threads
+        packer.join(PACK_S)
+        sender.join(1.0)  # it may hang in a call to the store; it ends with that
 
     def undelivered(self) -> str:
         """In words, what is still here."""

@@ -388,9 +388,8 @@ class SaturationTracker:
                 safe = leave(self._shipper, deadline, completed=completed, rejoinable=self._rejoinable)
         finally:  # also when Ctrl-C ends the waiting
             self._shipper.stop()
-            if not safe:
-                keep_undelivered(self._shipper, self._config.savefile)
-            self._shipper.outbox.clear()
+            if safe or keep_undelivered(self._shipper, self._config.savefile):
+                self._shipper.outbox.clear()
             atexit.unregister(self.close)
 
     def _check_open(self, method: str) -> None:

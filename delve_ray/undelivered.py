@@ -12,21 +12,21 @@ from delve_ray.storage import Storage
 log = logging.getLogger(__name__)
 
 
-def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
+def keep_undelivered(shipper: Shipper, savefile: str) -> bool:
     """Write what the store does not safely have into the run's directory, or, where that cannot be, to a local one.
 
-    Says what was not delivered, where it is, and which command merges it. Returns the paths.
+    Says what was not delivered, where it is, and which command merges it. Returns whether all of it is kept.
     """
     run, rank = shipper.source.run, shipper.source.rank
     outbox = shipper.outbox
     if not len(outbox):
-        return []
+        return True
     what, problem = shipper.undelivered(), shipper.lost or "the store did not take it in time"
     storage = Storage(savefile)
     folders = [os.path.join(storage.local_path, UNDELIVERED)] if storage.is_local else []
     for folder in [*folders, f"{outbox.folder}-{UNDELIVERED}"]:
         try:
-            paths = outbox.write_all(folder)
+            outbox.write_all(folder)
         except OSError as error:
             problem += f"; {folder} cannot be written: {error}"
             continue
@@ -40,6 +40,13 @@ def keep_undelivered(shipper: Shipper, savefile: str) -> list[str]:
             folder,
             storage.uri if folder in folders else f"{storage.uri} {folder}",
         )
-        return paths
-    log.error("rank %d of run %s ends without having delivered %s (%s)", rank, run, what, problem)
-    return []
+        return True
+    log.error(
+        "rank %d of run %s ends without having delivered %s (%s); what was on disk stays in %s",
+        rank,
+        run,
+        what,
+        problem,
+        outbox.folder,
+    )
+    return False

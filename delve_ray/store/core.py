@@ -236,7 +236,8 @@ class CovarianceStore(WindowStore):
                 entry.reserve()
             entries.append(entry)
         # Nothing below fails: what is refused above has changed nothing.
-        attempt.windows.setdefault(delta.window, window)
+        if attempt.windows.setdefault(delta.window, window).version == 0:
+            window.revision = max(window.revision, self.next_revision(attempt.number, window.ordinal))
         attempt.widths = dict(delta.widths) | attempt.widths
         for (layer, phase, *_), entry in zip(delta.entries, entries, strict=True):
             if entry is not None:
@@ -263,7 +264,7 @@ class CovarianceStore(WindowStore):
         self.counts["refused"] += bool(refused)
         self._advance(attempt)
         if delta.closes and self.saver is not None:
-            self.saver.hurry()
+            self.saver.soon()
         return self._ack(attempt, member, refused=tuple(refused.items()))
 
     def _take_scalars(self, delta: Delta) -> None:

@@ -37,8 +37,10 @@ RETRY_S = (1.0, 60.0)
 """First and longest pause after a snapshot that could not be written."""
 SHARE = 10
 """Writing snapshots takes at most one part in so many of the time, however slow the storage is."""
-HURRY_S = 0.2
-"""Pause between snapshots that somebody waits for."""
+HURRY_S, HURRIED_SHARE = 0.2, 2
+"""Pause between snapshots that somebody waits for, and their share."""
+SOON_S = 1.0
+"""Pause between snapshots after a window has ended."""
 JOIN_S = 30.0
 """How long the last snapshot may take."""
 
@@ -107,7 +109,7 @@ class Saver:
         self._number = 0
         self._kept: list[_Snapshot] = []
         self._wanted = -1
-        self._hurried = False
+        self._longest = every
         self._stopping = False
         self._pause = 0.0
         self._took = 0.0
@@ -149,9 +151,16 @@ class Saver:
             self._changed.notify_all()
 
     def hurry(self) -> None:
-        """Somebody waits for what has changed: save it soon."""
+        """Somebody waits for what has changed: save it at once."""
+        self._within(HURRY_S)
+
+    def soon(self) -> None:
+        """A window has ended: save what has changed without waiting for long."""
+        self._within(SOON_S)
+
+    def _within(self, pause: float) -> None:
         with self._changed:
-            self._hurried = True
+            self._longest = min(self._longest, pause)
             self._changed.notify_all()
 
     def wait_saved(self, version: int, timeout: float) -> bool:
@@ -198,10 +207,10 @@ class Saver:
     def _due_in(self) -> float:
         """Seconds until the next snapshot; infinite when there is nothing to save."""
         if self._wanted <= self.saved_version:
-            self._hurried = False
+            self._longest = self.every
             return float("inf")
-        pause = max(HURRY_S, 2 * self._took) if self._hurried else max(self.every, SHARE * self._took)
-        pause = self._pause or pause
+        share = HURRIED_SHARE if self._longest <= HURRY_S else SHARE
+        pause = self._pause or max(self._longest, share * self._took)
         return max(0.0, self._last + pause - time.monotonic())
 
     def _run(self) -> None:

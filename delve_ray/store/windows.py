@@ -60,6 +60,7 @@ class WindowStore:
         self._given_writers = writers
         self._finish_timeout = finish_timeout
         self._run_file: RunFile | None = None
+        self._on_disk: dict[tuple[int, int], int] = {}  # revisions that were there before this store
         self._scalars: dict[tuple[str, int], tuple[Scalar, ...]] = {}  # not written yet, by source and sequence number
         self._version = 0
         self._merging = 0
@@ -80,6 +81,8 @@ class WindowStore:
             state = None if state is None else state.closed()
         self.config, self.layers, self._run_file = config, list(layers), run_file
         self.publisher = Publisher(config, layers, writers, self, self._finish_timeout)
+        if config.resume and config.save_to and self._given_writers is None:
+            self._on_disk = revisions(Storage(config.savefile))
         if state is not None:
             self._adopt(state)
         if run_file is not None:
@@ -105,12 +108,11 @@ class WindowStore:
         """Take over a saved state: publish again what may not have been written, each as a new revision."""
         self.tokens, self.attempts = state.tokens, state.attempts
         self.running().restore_metrics(state.metrics)
-        on_disk = revisions(Storage(self.config.savefile))
         for attempt in self.attempts:
             if self._run_file is not None:
                 self._run_file.begin_attempt(attempt.number, attempt.world_size)
             for ordinal, window in attempt.windows.items():
-                window.revision = max(window.revision, on_disk.get((attempt.number, ordinal), -1) + 1)
+                window.revision = max(window.revision, self.next_revision(attempt.number, ordinal))
             self._submit(attempt, [w for _, w in sorted(attempt.windows.items()) if w.published and w.changed])
             self._advance(attempt)
         for key, scalars in state.scalars.items():
@@ -120,6 +122,10 @@ class WindowStore:
         self._touch()
         if state.ending is not None:
             self._finish(state.ending)
+
+    def next_revision(self, attempt: int, ordinal: int) -> int:
+        """The first revision of a window that no file of a store before this one has."""
+        return self._on_disk.get((attempt, ordinal), -1) + 1
 
     def running(self) -> Publisher:
         """The publisher. Raises StoreError as long as no worker has come."""

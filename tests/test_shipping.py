@@ -1,0 +1,170 @@
+"""The worker's side: it goes on without the store, within its memory, and everything arrives."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from delve_ray import SaturationTracker, StoreError, read_covariances, read_scalars, read_spectra
+from delve_ray import outbox as outbox_module
+from delve_ray.errors import UnknownSource
+from delve_ray.memory import worker_bytes
+from delve_ray.moments import unpack_triangle
+from delve_ray.packing import Packer
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.protocol import Ack, Delta, LayerInfo
+from tests.stores import config, until
+
+FEATURES = 60
+
+
+class Link:
+    """A store as a worker reaches it: away, or slow to say so, or forgetful."""
+
+    def __init__(self, store: CovarianceStore) -> None:
+        self.store = store
+        self.reachable = threading.Event()
+        self.reachable.set()
+        self.hang = False
+        self.calls = 0
+
+    def _go(self) -> None:
+        self.calls += 1
+        if self.hang:
+            self.reachable.wait(30)
+        elif not self.reachable.is_set():
+            raise StoreError("no answer")
+
+    def take(self, delta: Delta, buffer: Any) -> Ack:
+        self._go()
+        return self.store.take(delta, buffer)
+
+    def heartbeat(self, source: Any, outbox: Any = None) -> Ack:
+        self._go()
+        return self.store.heartbeat(source, outbox)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+
+def link_of(tracker: SaturationTracker) -> Link:
+    link = Link(tracker._shipper.store)  # type: ignore[arg-type]
+    tracker._shipper.store = tracker._store = link  # type: ignore[assignment]
+    return link
+
+
+@pytest.mark.parametrize("hang", [False, True])
+def test_what_closes_while_the_store_is_away_waits_on_disk_and_arrives(
+    savefile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang: bool
+) -> None:
+    monkeypatch.setattr("delve_ray.shipping.RETRY_S", (0.01, 0.02))
+    monkeypatch.setattr(outbox_module, "MIN_BYTES", 0)
+    model = nn.Linear(8, FEATURES)
+    tracker = SaturationTracker(savefile, "parquet", model, stats="cov", publish_every=0, spill_dir=tmp_path / "spill")
+    link = link_of(tracker)
+    link.hang = hang
+    link.reachable.clear()
+    kept = []
+    delta_bytes = 8 * (FEATURES + FEATURES * (FEATURES + 1) // 2)
+    for step in range(40):
+        kept.append(model(torch.randn(70 + step, 8)).detach().double().numpy())
+        tracker.add_scalar("step_done", step)
+        tracker.add_saturations(step)
+    until(lambda: tracker._shipper.outbox.status()["deltas"] >= 40)
+    status = tracker._shipper.outbox.status()
+    assert status["memory_bytes"] <= 2 * delta_bytes, "one delta of both phases, and the one that is being sent"
+    assert status["on_disk"] >= 37
+    link.reachable.set()
+    tracker.close()
+    assert not list((tmp_path / "spill").iterdir()), "nothing is left behind"
+    rows = read_covariances(savefile).to_pylist()
+    assert [(row["step"], row["samples"], row["workers"]) for row in rows] == [(s, 70 + s, 1) for s in range(40)]
+    for row in rows:
+        error = unpack_triangle(row["covariance"], FEATURES) - np.cov(kept[row["step"]].T, bias=True)
+        assert np.abs(error).max() < 1e-6
+    assert [(r["step"], r["value"]) for r in read_scalars(savefile).to_pylist()] == [(s, float(s)) for s in range(40)]
+
+
+def test_windows_that_close_faster_than_they_are_packed_stay_within_max_memory(
+    savefile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Linear(8, FEATURES)
+    waiting, pack = threading.Event(), Packer.__call__
+    slow = lambda self, *args: (waiting.wait(30), pack(self, *args))[1]  # noqa: E731
+    monkeypatch.setattr(Packer, "__call__", slow)
+    limit = worker_bytes([FEATURES]) + 500_000
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0, max_memory=limit)
+    for step in range(30):
+        model(torch.randn(9, 8))
+        tracker.add_saturations(step)
+        assert sum(item.nbytes for item in tracker._shipper._queue) <= 500_000
+    assert "windows close faster than they can be packed" in caplog.text
+    waiting.set()
+    tracker.close()
+    rows = {row["step"]: row["workers"] for row in read_spectra(savefile).to_pylist()}
+    lost = sorted(set(range(30)) - set(rows))
+    assert lost, "their rows are given up"
+    assert lost == list(range(lost[0], 30))
+    assert set(rows.values()) == {1}, "what is published is complete"
+
+
+def test_an_incomplete_share_does_not_count_as_a_complete_one(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CovarianceStore(config(savefile=savefile, save_to=("parquet",)))
+    models = [nn.Linear(4, 3) for _ in range(2)]
+    trackers = [
+        SaturationTracker(modules=model, store=store, rank=rank, publish_every=0) for rank, model in enumerate(models)
+    ]
+    waiting, pack = threading.Event(), Packer.__call__
+    monkeypatch.setattr(Packer, "__call__", lambda self, *args: (waiting.wait(30), pack(self, *args))[1])
+    monkeypatch.setattr(
+        "delve_ray.shipping.Shipper._limit", lambda self: 0 if self is trackers[1]._shipper else 1 << 30
+    )
+    for step in range(3):
+        for model, tracker in zip(models, trackers, strict=True):
+            model(torch.randn(10, 4))
+            tracker.add_saturations(step)
+    waiting.set()
+    for tracker in trackers:
+        tracker.close()
+    found = [(row["step"], row["samples"], row["workers"]) for row in read_spectra(savefile).to_pylist()]
+    assert found == [(0, 20, 2), (1, 10, 1), (2, 10, 1)]
+
+
+def test_a_store_says_what_waits_at_its_workers(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("delve_ray.shipping.HEARTBEAT_S", 0.01)
+    with SaturationTracker(savefile, "parquet", nn.Linear(3, 3)) as tracker:
+        until(lambda: tracker.store.status()["ranks"][0]["outbox"] == tracker._shipper.outbox.status())
+        assert tracker.store.status()["ranks"][0]["outbox"]["deltas"] == 0
+
+
+def test_a_store_that_has_forgotten_a_worker_gets_it_back(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that lost everything, files apart: the worker registers again with what it still has."""
+    monkeypatch.setattr("delve_ray.shipping.RETRY_S", (0.01, 0.02))
+    model = nn.Linear(4, 3)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    model(torch.randn(10, 4))
+    tracker.add_saturations(0)
+    tracker.metrics(wait=True)
+    forgetful = CovarianceStore(replace(tracker._config, resume=True))
+    layers = [LayerInfo("Linear", "Linear", 3)]
+    tracker._shipper.store = tracker._store = Link(forgetful)  # type: ignore[assignment]
+    tracker._shipper._rejoin = partial(forgetful.register, tracker._source, tracker._config, layers)
+    with pytest.raises(UnknownSource):
+        forgetful.heartbeat(tracker._source)
+    for step in (1, 2):
+        model(torch.randn(20 + step, 4))
+        tracker.add_saturations(step)
+    tracker.metrics(wait=True)
+    tracker.close()
+    found = [
+        (row["step"], row["samples"], row["workers"], row["attempt"]) for row in read_spectra(savefile).to_pylist()
+    ]
+    assert found == [(0, 10, 1, 0), (1, 21, 1, 0), (2, 22, 1, 0)]
