@@ -58,6 +58,10 @@ class Saved(Protocol):
         """A window is in a file; if nothing has arrived since, its entries leave the memory."""
 
 
+class _Replaced(Exception):
+    """Another store has taken over the run, and this one saves nothing more."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Snapshot:
     name: str
@@ -228,6 +232,7 @@ class Saver:
                     self._took = time.monotonic() - began
             except Exception as error:  # whatever the storage raises: the state is still there, and is saved later
                 self._fail(error)
+                stopping = stopping or isinstance(error, _Replaced)
             with self._changed:
                 self._last = time.monotonic()
                 self._changed.notify_all()
@@ -240,6 +245,9 @@ class Saver:
             self._pause = min(max(2 * self._pause, RETRY_S[0]), RETRY_S[1])
             self.last_error = f"{type(error).__name__}: {error}"
             pause = self._pause
+        if isinstance(error, _Replaced):
+            log.error("%s: %s; this one saves nothing more", self.storage.uri, error)
+            return
         expected = isinstance(error, OSError | pa.ArrowException)
         log.error(
             "%s: the store's state cannot be saved (%s); workers keep what is not saved; trying again in %.0f s",
@@ -275,7 +283,7 @@ class Saver:
         """Give way to a store that was started later: Ray has restarted this one's actor elsewhere."""
         newest = max(self.snapshots(), default="")
         if newest and int(newest.split("-")[1]) > self._incarnation:
-            raise OSError(f"a later store of this run has written {newest}")
+            raise _Replaced(f"a later store of this run has written {newest}")
 
     def snapshots(self) -> list[str]:
         """Names of the snapshots that are there."""

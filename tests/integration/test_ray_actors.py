@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import time
@@ -211,3 +212,32 @@ def test_shutting_ray_down_first_is_said_in_words(savefile: str) -> None:
     assert "Ray was shut down before the tracker was closed" in done.stderr
     rows = [(row["samples"], row["final"]) for row in delve_ray.read_spectra(savefile).to_pylist()]
     assert rows == [(8, True), (9, False)]
+
+
+def test_a_run_whose_store_has_ended_by_itself_is_resumed(workers: Any, savefile: str) -> None:
+    """The workers were killed, the store has published what it had and still answers; a new one takes over."""
+    import ray
+
+    delve_ray.start_store(savefile, run="silent", world_size=2, save_to="parquet", silent_after=1.0, publish_every=0)
+    team = workers(2)
+    ray.get([w.track.remote(savefile, "parquet", run="silent", rank=i, world_size=2) for i, w in enumerate(team)])
+    ray.get(team[0].step.remote(10, 1, 0))
+    for worker in team:
+        ray.kill(worker)
+    store = delve_ray.get_store("silent")
+    deadline = time.monotonic() + 60
+    while not ray.get(store.status.remote())["finished"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    end = json.loads(Path(savefile, "run.json").read_text())["end"]
+    assert end["why"].startswith("none of its workers was heard of for ")
+    with pytest.raises(delve_ray.RegistrationError, match=r"has ended \(none of its workers"):
+        ray.get(workers(1)[0].track.remote(savefile, "parquet", run="silent", rank=0, world_size=2))
+    team = workers(2)
+    options = {"run": "silent", "world_size": 2, "resume": "second"}
+    ray.get([w.track.remote(savefile, "parquet", rank=i, **options) for i, w in enumerate(team)])
+    ray.get([w.step.remote(20, i, 1) for i, w in enumerate(team)])
+    ray.get([w.close.remote() for w in team])
+    rows = delve_ray.read_spectra(savefile).to_pylist()
+    assert [(r["attempt"], r["step"], r["samples"], r["workers"]) for r in rows] == [(0, 0, 10, 1), (1, 1, 40, 2)]
+    assert [a["attempt"] for a in json.loads(Path(savefile, "run.json").read_text())["attempts"]] == [0, 1]
