@@ -21,7 +21,7 @@ from delve_ray.errors import DeltaRefused, StoreError, UnknownSource
 from delve_ray.moments import F64, unpack_triangle
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
-from delve_ray.store.door import check_delta, check_source, check_total, refusal
+from delve_ray.store.door import check_delta, check_held, check_source, check_total, refusal, source_of
 from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
 from delve_ray.store.window import Entry, Window
 from delve_ray.store.windows import WindowStore
@@ -67,6 +67,8 @@ class CovarianceStore(WindowStore):
     ) -> Welcome:
         """Join the run. See `protocol.Store.register`."""
         check_source(source, self.config.run)
+        if held is not None:
+            check_held(held)
         with self._lock:
             current = self.attempts[-1] if self.attempts else None
             known = current.members.get(source.rank) if current is not None else None
@@ -179,9 +181,9 @@ class CovarianceStore(WindowStore):
             raise
 
     def _take(self, delta: Delta, buffer: F64) -> Ack:
-        check_source(getattr(delta, "source", None), self.config.run)
+        source = source_of(delta, self.config.run)
         with self._lock:
-            member = self._find(delta.source)[1]
+            member = self._find(source)[1]
             member.heard = time.monotonic()
         widths = check_delta(delta, buffer, self.config.run, self.layers)
         with member.lock:

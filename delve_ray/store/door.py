@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from delve_ray.errors import DeltaRefused
 from delve_ray.moments import F64, packed_diagonal
 from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Delta, LayerInfo, Source, fingerprint, moments_size
+from delve_ray.store.protocol import Delta, Held, LayerInfo, Source, fingerprint, moments_size
 from delve_ray.writers.base import Scalar
 
 _INT32, _INT64 = 1 << 31, 1 << 63
@@ -30,20 +31,28 @@ def refusal(delta: Delta, what: str) -> DeltaRefused:
     )
 
 
-def check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo]) -> list[int]:
+def check_delta(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]) -> list[int]:
     """Turn away whatever cannot be moments of this run's layers. Returns the width of each entry.
+
+    What comes out of another process may be of any type, and unfinished: nothing of it is called or compared before
+    its type is known, and whatever fails all the same is a refusal.
 
     Checks the types and ranges of the header, the run, the entries (layer, phase, counts, repetitions), the scalars,
     the buffer (dtype, shape, finite), what makes a scatter one (no negative diagonal; nothing at all without
     observations), and last the checksum, which notices a changed bit that all of this lets pass.
     Raises DeltaRefused.
     """
+    with _refusing():
+        return _check_delta(delta, buffer, run, layers)
+
+
+def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo]) -> list[int]:
     _check_header(delta, run)
     _check_scalars(delta)
     widths = _entry_widths(delta, layers)
     expected = sum(map(moments_size, widths))
-    if not isinstance(buffer, np.ndarray) or buffer.dtype != np.float64 or buffer.shape != (expected,):
-        found = f"{buffer.dtype} of shape {buffer.shape}" if isinstance(buffer, np.ndarray) else type(buffer).__name__
+    if type(buffer) is not np.ndarray or buffer.dtype != np.float64 or buffer.shape != (expected,):
+        found = f"{buffer.dtype} of shape {buffer.shape}" if type(buffer) is np.ndarray else type(buffer).__name__
         raise refusal(delta, f"its buffer is {found}, its entries need float64 of shape ({expected},)")
     start = 0
     for (layer, phase, n, _), features in zip(delta.entries, widths, strict=True):
@@ -65,12 +74,37 @@ def _is_integer(value: Any, below: int, at_least: int = 0) -> bool:
     return type(value) is int and at_least <= value < below
 
 
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever goes wrong within is a refusal."""
+    try:
+        yield
+    except DeltaRefused:
+        raise
+    except Exception as error:
+        raise DeltaRefused(f"a delta is refused: it is malformed ({type(error).__name__})") from None
+
+
+def source_of(delta: Any, run: str) -> Source:
+    """The source of a delta of this run, or of what claims to be one. Raises DeltaRefused."""
+    with _refusing():
+        source = delta.source if type(delta) is Delta else None
+        _check_source(source, run)
+        assert source is not None
+        return source
+
+
 def check_source(source: Any, run: str) -> None:
     """Turn away what is no source of this run. Raises DeltaRefused."""
-    if not isinstance(source, Source):
+    with _refusing():
+        _check_source(source, run)
+
+
+def _check_source(source: Any, run: str) -> None:
+    if type(source) is not Source:
         raise DeltaRefused(f"a delta from {type(source).__name__}, which is no source, is refused")
     texts = (source.run, source.token, source.source, source.host)
-    if not all(isinstance(text, str) and len(text) <= MAX_NAME for text in texts):
+    if not all(type(text) is str and len(text) <= MAX_NAME and _is_text(text) for text in texts):
         raise DeltaRefused("a delta is refused: its source's run, token, source and host are not all names")
     if not (_is_integer(source.rank, _INT32) and _is_integer(source.pid, _INT64)):
         raise DeltaRefused(f"a delta of run {source.run!r} is refused: its rank or pid is no number")
@@ -82,9 +116,9 @@ def check_source(source: Any, run: str) -> None:
 
 
 def _check_header(delta: Delta, run: str) -> None:
-    if not isinstance(delta, Delta):
+    if type(delta) is not Delta:
         raise DeltaRefused(f"{type(delta).__name__} is no delta, and is refused")
-    check_source(delta.source, run)
+    _check_source(delta.source, run)
     for name in ("seq", "window", "attempt"):
         if not _is_integer(getattr(delta, name), _INT32 if name == "attempt" else MAX_COUNT):
             raise DeltaRefused(f"a delta of rank {delta.source.rank} is refused: its {name} is no such number")
@@ -94,24 +128,33 @@ def _check_header(delta: Delta, run: str) -> None:
         raise refusal(delta, "closes, labelled and complete are not all True or False")
     for name, length in (("entries", 4), ("widths", 2)):
         items = getattr(delta, name)
-        if not isinstance(items, tuple) or not all(
-            isinstance(item, tuple) and len(item) == length and all(type(value) is int for value in item)
+        if type(items) is not tuple or not all(
+            type(item) is tuple and len(item) == length and all(_is_integer(value, _INT64, -_INT64) for value in item)
             for item in items
         ):
-            raise refusal(delta, f"its {name} are no tuples of {length} integers")
+            raise refusal(delta, f"its {name} are no tuples of {length} 64-bit integers")
+    if not _is_integer(delta.checksum, 1 << 96):
+        raise refusal(delta, "its checksum is no such number")
 
 
 def _check_scalars(delta: Delta) -> None:
-    if not isinstance(delta.scalars, tuple):
+    if type(delta.scalars) is not tuple:
         raise refusal(delta, "its scalars are no tuple")
     for scalar in delta.scalars:
-        if not isinstance(scalar, Scalar):
+        if type(scalar) is not Scalar:
             raise refusal(delta, f"a {type(scalar).__name__} among its scalars")
-        name_fits = isinstance(scalar.name, str) and 0 < len(scalar.name) <= MAX_NAME and _is_text(scalar.name)
-        if not name_fits or type(scalar.value) is not float or not isinstance(scalar.wall_time, datetime):
+        name_fits = type(scalar.name) is str and 0 < len(scalar.name) <= MAX_NAME and _is_text(scalar.name)
+        if not name_fits or type(scalar.value) is not float or type(scalar.wall_time) is not datetime:
             raise refusal(delta, "a scalar whose name, value or time is none")
-        if not _is_integer(scalar.step, _INT64, -_INT64) or scalar.rank != delta.source.rank:
+        rank_fits = type(scalar.rank) is int and scalar.rank == delta.source.rank
+        if not _is_integer(scalar.step, _INT64, -_INT64) or not rank_fits:
             raise refusal(delta, f"scalar {scalar.name!r} has a step or a rank that cannot be")
+        if (
+            type(scalar.run) is not str
+            or type(scalar.attempt) is not int
+            or type(scalar.trial) not in (str, type(None))
+        ):
+            raise refusal(delta, f"scalar {scalar.name!r} has a run, a trial or an attempt that is none")
 
 
 def _is_text(value: str) -> bool:
@@ -160,3 +203,11 @@ def check_total(delta: Delta, layer: str, before: int, n: int) -> None:
     """Turn away what would make a layer's count one that a file cannot hold. Raises DeltaRefused."""
     if before + n >= MAX_COUNT:
         raise refusal(delta, f"layer {layer} would count {before + n} observations in one window")
+
+
+def check_held(held: Any) -> None:
+    """Turn away a source that says nonsense about what it still has. Raises DeltaRefused."""
+    with _refusing():
+        numbers = type(held) is Held and (held.attempt, held.seq, held.window)
+        if not numbers or not all(_is_integer(number, _INT32) for number in numbers) or type(held.whole) is not bool:
+            raise DeltaRefused("a registration is refused: what its source still has is not told in numbers")

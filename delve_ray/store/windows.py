@@ -81,7 +81,7 @@ class WindowStore:
             state = None if state is None else state.closed()
         self.config, self.layers, self._run_file = config, list(layers), run_file
         self.publisher = Publisher(config, layers, writers, self, self._finish_timeout)
-        if config.resume and config.save_to and self._given_writers is None:
+        if config.resume and config.save_to:
             self._on_disk = revisions(Storage(config.savefile))
         if state is not None:
             self._adopt(state)
