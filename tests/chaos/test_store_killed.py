@@ -1,0 +1,177 @@
+"""The store's process killed again and again while workers train, over a connection that loses and repeats calls.
+
+Real Ray actors as workers, a real store actor, SIGKILL. In the end every row that any worker has seen is published,
+once: the counts to the integer, the covariances as a two-pass float64 computation has them.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import delve_ray
+from delve_ray.moments import unpack_triangle
+from tests.chaos.processes import times
+from tests.helpers import covariance_error, two_pass_covariance
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray]
+
+WORKERS = 3
+KILLS = 50
+STEP_S = 0.03
+"""Pause between batches: kills land in windows, not only between them."""
+
+
+class Unreliable:
+    """A store as reached over a bad connection: calls get lost on the way there or back, come late, or twice."""
+
+    def __init__(self, store: Any, seed: int) -> None:
+        self.store = store
+        self.random = random.Random(seed)
+        self.held: tuple[Any, ...] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def take(self, *delta: Any) -> Any:
+        fate = self.random.random()
+        if fate < 0.1:
+            self.held = delta  # it comes later, after others
+            raise delve_ray.StoreError("lost on the way there")
+        if fate < 0.2:
+            time.sleep(0.1 * self.random.random())
+        answer = self.store.take(*delta)
+        if self.held is not None and fate > 0.5:
+            held, self.held = self.held, None
+            self.store.take(*held)
+        if fate > 0.9:
+            self.store.take(*delta)
+        if 0.2 < fate < 0.3:
+            raise delve_ray.StoreError("lost on the way back")
+        return answer
+
+    def heartbeat(self, *arguments: Any) -> Any:
+        if self.random.random() < 0.2:
+            raise delve_ray.StoreError("lost on the way there")
+        return self.store.heartbeat(*arguments)
+
+
+class Worker:
+    """One rank: a convolution and a Linear, and a copy of every row that they put out."""
+
+    def track(self, savefile: str, run: str, rank: int) -> None:
+        import torch
+        from torch import nn
+
+        torch.manual_seed(rank)
+        self.generator = torch.Generator().manual_seed(100 + rank)
+        self.model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.Flatten(), nn.Linear(20, 9))
+        options = {"run": run, "rank": rank, "world_size": WORKERS, "publish_every": 0.05, "stats": "cov"}
+        self.tracker = delve_ray.SaturationTracker(savefile, "parquet", self.model, **options)
+        self.tracker._shipper.store = Unreliable(self.tracker._shipper.store, rank)  # type: ignore[assignment]
+        self.kept: dict[tuple[int, str], list[np.ndarray]] = {}
+
+    def train(self, step: int, batches: int) -> None:
+        import torch
+
+        for _ in range(batches):
+            x = torch.randn(6, 2, 6, generator=self.generator) + 40
+            maps = self.model[0](x).detach().double()
+            self._keep(step, "0", maps.movedim(1, -1).reshape(-1, 5).numpy())
+            y = self.model[2](self.model[1](maps.float())).detach().double()
+            self._keep(step, "2", y.numpy())
+            time.sleep(STEP_S)
+        self.tracker.add_scalar("batches", batches, step)
+        self.tracker.add_saturations(step)
+
+    def _keep(self, step: int, layer: str, rows: np.ndarray) -> None:
+        self.kept.setdefault((step, layer), []).append(rows.copy())
+
+    def close(self) -> dict[tuple[int, str], np.ndarray]:
+        self.tracker.close()
+        assert self.tracker._shipper.lost is None
+        return {key: np.concatenate(rows) for key, rows in self.kept.items()}
+
+
+def store_process(session: str) -> int | None:
+    """The process of the store's actor in this Ray, and in no other that runs on this machine."""
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::StoreActor"):
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                if session.encode() in Path("/proc", parent, "cmdline").read_bytes():
+                    return int(entry.name)
+        except OSError:  # it has just ended
+            continue
+    return None
+
+
+class Killer(threading.Thread):
+    """Kills the store's process at random instants, each of its lives once."""
+
+    def __init__(self, session: str, kills: int) -> None:
+        super().__init__(daemon=True)
+        self.session = session
+        self.left = kills
+        self.random = random.Random(4)
+        self.killed: list[int] = []
+
+    def run(self) -> None:
+        while self.left:
+            pid = store_process(self.session)
+            if pid is None or pid in self.killed:
+                time.sleep(0.02)
+                continue
+            time.sleep(self.random.expovariate(4.0))
+            os.kill(pid, signal.SIGKILL)
+            self.killed.append(pid)
+            self.left -= 1
+
+
+@pytest.mark.timeout(900)
+def test_a_store_that_is_killed_fifty_times_loses_nothing_and_repeats_nothing(ray_session: None, savefile: str) -> None:
+    import ray
+
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path()).name
+    team = [ray.remote(Worker).options(num_cpus=0.5).remote() for _ in range(WORKERS)]
+    ray.get([worker.track.remote(savefile, "killed", rank) for rank, worker in enumerate(team)])
+    killer = Killer(session, times(KILLS))
+    killer.start()
+    chance, step = random.Random(5), 0
+    while killer.is_alive() or step < 5:
+        ray.get([worker.train.remote(step, chance.randrange(5)) for worker in team])
+        step += 1
+    kept = ray.get([worker.close.remote() for worker in team])
+    assert len(set(killer.killed)) == times(KILLS)
+    check(savefile, kept, step)
+    with pytest.raises(delve_ray.StoreError, match="has no store"):
+        delve_ray.get_store("killed")
+    for worker in team:
+        ray.kill(worker)
+    scalars = delve_ray.read_scalars(savefile).to_pylist()
+    assert [(s["step"], s["rank"]) for s in scalars] == [(s, rank) for s in range(step) for rank in range(WORKERS)]
+    print(f"{times(KILLS)} kills in {step} windows of {WORKERS} workers")
+
+
+def check(savefile: str, kept: list[dict[tuple[int, str], np.ndarray]], steps: int) -> None:
+    """Every (step, layer) that any worker has rows of is there, complete and exact."""
+    rows = {(row["step"], row["layer"]): row for row in delve_ray.read_covariances(savefile).to_pylist()}
+    expected = {key for one in kept for key in one}
+    assert set(rows) == expected
+    assert {key[0] for key in expected} <= set(range(steps))
+    for key, row in rows.items():
+        everything = np.concatenate([one[key] for one in kept if key in one])
+        assert (row["samples"], row["workers"], row["final"]) == (len(everything), WORKERS, True), key
+        matrix = unpack_triangle(row["covariance"], row["features"])
+        assert covariance_error(matrix, two_pass_covariance(everything)) < 1e-6, key
+    spectra = delve_ray.read_spectra(savefile, columns=["step", "layer", "samples"]).to_pylist()
+    assert [row["samples"] for row in spectra] == [rows[row["step"], row["layer"]]["samples"] for row in spectra]
+    assert len(spectra) == len(rows)
