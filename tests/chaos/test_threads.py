@@ -1,0 +1,194 @@
+"""The store's core under many threads: exact totals, and nobody waits for decomposing, writing or packing."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from delve_ray import read_covariances, spectrum
+from delve_ray.moments import F64, unpack_triangle
+from delve_ray.storage import Storage
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.saving import Saver
+from delve_ray.store.window import Entry
+from tests.chaos.processes import times
+from tests.helpers import covariance_error, two_pass_covariance
+from tests.stores import Keeper, Worker, config, source, until
+
+SOURCES = 16
+WINDOWS = 4
+DELTAS = 12
+"""Per source and window; half of them come twice, all of them in any order."""
+
+
+def plan(worker: Worker, rng: np.random.Generator, kept: dict[int, list[F64]]) -> list[Any]:
+    """A source's deltas, those of a few windows at a time shuffled, and some of them twice."""
+    deltas = []
+    for window in range(WINDOWS):
+        for index in range(DELTAS):
+            part = rng.normal(size=(int(rng.integers(1, 9)), 5)) * np.linspace(1, 4, 5) + 30
+            kept[window].append(part)
+            deltas.append(worker.next({(1, 0): part}, step=window, closes=index == DELTAS - 1))
+    order = random.Random(worker.source.rank)
+    twice = deltas + order.sample(deltas, len(deltas) // 2)
+    order.shuffle(twice)
+    return twice
+
+
+@pytest.mark.parametrize("seed", range(times(3)))
+def test_totals_are_exact_whatever_the_threads_do(savefile: str, seed: int) -> None:
+    own = config(savefile=savefile, save_to=("parquet",), world_size=SOURCES, publish_every=0.01, snapshot_every=0.01)
+    saver = Saver(Storage(savefile), 0.01)
+    store = CovarianceStore(own, saver=saver)
+    rng = np.random.default_rng(seed)
+    kept: dict[int, list[F64]] = {window: [] for window in range(WINDOWS)}
+    workers = [Worker(store, rank) for rank in range(SOURCES)]
+    plans = [plan(worker, rng, kept) for worker in workers]
+    stopping, failures = threading.Event(), list[BaseException]()
+
+    def guarded(work: Callable[[], object], *, repeat: bool) -> threading.Thread:
+        def run() -> None:
+            try:
+                while True:
+                    work()
+                    if not repeat or stopping.is_set():
+                        return
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    def ask() -> None:
+        store.status()
+        store.progress()
+        store.heartbeat(source(3))
+        store.freeze()
+        saver.hurry()
+        store.flush(30)
+
+    askers = [guarded(ask, repeat=True) for _ in range(3)]
+    senders = [guarded(lambda p=p: [store.take(*delta) for delta in p], repeat=False) for p in plans]  # type: ignore[misc]
+    for thread in senders:
+        thread.join(120)
+        assert not thread.is_alive(), "a deadlock"
+    stopping.set()
+    for thread in askers:
+        thread.join(60)
+        assert not thread.is_alive(), "a deadlock"
+    assert failures == []
+    assert store.counts["repeated"] == SOURCES * WINDOWS * DELTAS // 2
+    for worker in workers:
+        worker.leave()
+    assert store.wait_finished(60)
+    rows = read_covariances(savefile).to_pylist()
+    assert [(row["step"], row["workers"], row["final"]) for row in rows] == [(w, SOURCES, True) for w in range(WINDOWS)]
+    for row in rows:
+        everything = np.concatenate(kept[row["step"]])
+        assert row["samples"] == len(everything)
+        error = covariance_error(unpack_triangle(row["covariance"], 5), two_pass_covariance(everything))
+        assert error < 1e-12
+
+
+class Gate:
+    """Something that takes its time: whoever comes is held until it opens."""
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self.work = work
+        self.open = threading.Event()
+        self.entered = threading.Event()
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        self.entered.set()
+        assert self.open.wait(60)
+        return self.work(*args, **options)
+
+
+def goes_on(store: CovarianceStore, workers: list[Worker], gate: Gate) -> None:
+    """While one thing is held at the gate, deltas are merged and questions answered."""
+    assert gate.entered.wait(20)
+    before = store.status()["ranks"][1]["deltas"]
+    done = threading.Event()
+
+    def use() -> None:
+        for _ in range(5):
+            workers[1].send({(0, 0): np.eye(3), (1, 0): np.eye(5)})
+            store.heartbeat(workers[0].source)
+            store.progress()
+            store.status()
+        Worker(store, 2)
+        done.set()
+
+    threading.Thread(target=use, daemon=True).start()
+    assert done.wait(20), "somebody waits for a lock that is held meanwhile"
+    assert not gate.open.is_set()
+    assert store.status()["ranks"][1]["deltas"] == before + 5
+    gate.open.set()
+
+
+@pytest.fixture
+def workers(savefile: str) -> tuple[CovarianceStore, list[Worker]]:
+    own = config(savefile=savefile, world_size=3, late_after=0.01, snapshot_every=3600.0)
+    store = CovarianceStore(own, writers=[Keeper()], saver=Saver(Storage(savefile), 3600.0))
+    return store, [Worker(store, rank) for rank in range(2)]
+
+
+def test_nobody_waits_for_a_decomposition(
+    workers: tuple[CovarianceStore, list[Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, team = workers
+    monkeypatch.setattr(spectrum, "eigenvalues", gate := Gate(spectrum.eigenvalues))
+    team[0].send({(0, 0): np.eye(3), (1, 0): np.eye(5)}, closes=True)
+    goes_on(store, team, gate)
+
+
+def test_nobody_waits_for_a_writer(workers: tuple[CovarianceStore, list[Worker]]) -> None:
+    store, team = workers
+    writer = store.running().writers[0].writer
+    writer.write = gate = Gate(writer.write)  # type: ignore[method-assign]
+    team[0].send({(0, 0): np.eye(3)}, closes=True)
+    goes_on(store, team, gate)
+
+
+def test_nobody_waits_for_a_snapshot_to_be_packed_and_written(
+    workers: tuple[CovarianceStore, list[Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, team = workers
+    assert store.saver is not None
+    team[0].send({(0, 0): np.eye(3)})
+    monkeypatch.setattr(store.saver, "_put", gate := Gate(store.saver._put))
+    store.saver.hurry()
+    goes_on(store, team, gate)
+
+
+def test_nobody_waits_for_moments_to_be_merged_for_a_reader(
+    workers: tuple[CovarianceStore, list[Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a snapshot or a publication needs is put together outside of the locks that deltas need."""
+    store, team = workers
+    assert store.saver is not None
+    team[0].send({(0, 0): np.eye(3)})
+    collect, gate = Entry.collect, Gate(lambda self, parts: collect(self, parts))
+    monkeypatch.setattr(Entry, "collect", lambda self, parts: gate(self, parts))
+    store.saver.hurry()
+    goes_on(store, team, gate)
+
+
+def test_the_publisher_does_not_wait_for_the_saver(savefile: str) -> None:
+    own = config(savefile=savefile, world_size=1, snapshot_every=3600.0)
+    saver = Saver(Storage(savefile), 3600.0)
+    store = CovarianceStore(own, writers=[keeper := Keeper()], saver=saver)
+    worker = Worker(store, 0)
+    saver._put = gate = Gate(saver._put)  # type: ignore[method-assign]
+    worker.send({(0, 0): np.eye(3)}, closes=True)
+    saver.hurry()
+    assert gate.entered.wait(20)
+    until(lambda: keeper.windows)
+    assert not gate.open.is_set()
+    gate.open.set()
