@@ -13,6 +13,9 @@ from delve_ray.workspace import block_plan
 
 log = logging.getLogger(__name__)
 
+MIN_OUTBOX_BYTES = 4 << 20
+"""Packed deltas that stay in memory in any case, however small the layers are."""
+
 
 def fit_memory(layers: Sequence[TrackedLayer], *, max_features: int, max_memory: int) -> list[TrackedLayer]:
     """The layers that may be recorded, those of unknown width included: their first forward decides.
@@ -64,4 +67,4 @@ def worker_bytes(widths: Sequence[int]) -> int:
 
 def outbox_bytes(widths: Sequence[int]) -> int:
     """Bytes of packed deltas that stay in memory until they are safe: one of both phases; the rest lies on disk."""
-    return sum(16 * triangle_size(features) for features in widths)
+    return max(MIN_OUTBOX_BYTES, sum(16 * triangle_size(features) for features in widths)) if any(widths) else 0

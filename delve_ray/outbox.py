@@ -27,9 +27,6 @@ from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, StoreConfig
 
 log = logging.getLogger(__name__)
 
-MIN_BYTES = 16 << 20
-"""Packed deltas that stay in memory in any case, however small the layers are."""
-
 
 @dataclass(slots=True, eq=False)
 class _Item:
@@ -71,6 +68,8 @@ class Outbox:
         self.folder = folder
         self.lost_rows: list[str] = []
         """What was given up, in words."""
+        self.memory_bytes = 0
+        """Bytes of buffers in memory."""
         self._config = config
         self._layers = list(layers)
         self._items: dict[int, _Item] = {}
@@ -83,7 +82,7 @@ class Outbox:
         """Take in a packed delta; on return no more than the bound is in memory."""
         with self._lock:
             self._items[delta.seq] = _Item(delta.sealed(buffer), buffer, buffer.nbytes, first)
-        memory = max(memory, MIN_BYTES)
+            self._count()
         while (item := self._excess(memory)) is not None:
             try:
                 self._spill(item)
@@ -97,10 +96,14 @@ class Outbox:
                     return
                 self._give_up(item, str(error))
 
+    def _count(self) -> None:
+        """Called with the lock held, after every change."""
+        self.memory_bytes = sum(item.nbytes for item in self._items.values() if item.buffer is not None)
+
     def _excess(self, memory: int, *, claim: bool = True) -> _Item | None:
         """The buffer to put on disk next, if there are too many: what is needed last."""
         with self._lock:
-            if sum(item.nbytes for item in self._items.values() if item.buffer is not None) <= memory:
+            if self.memory_bytes <= memory:
                 return None
             idle = [item for _, item in sorted(self._items.items()) if item.buffer is not None and not item.busy]
             # What is merged is only needed if the store is lost; of the rest, the newest waits longest.
@@ -126,6 +129,7 @@ class Outbox:
             raise
         with self._lock:
             item.buffer, item.path, item.busy, self._told_full = None, path, False, False
+            self._count()
             gone = item.delta.seq not in self._items
         if gone:
             self._unlink(path)
@@ -137,6 +141,7 @@ class Outbox:
     def _give_up(self, item: _Item, why: str) -> None:
         with self._lock:
             self._empty(item)
+            self._count()
             self.lost_rows.append(f"rows of step {item.delta.step} ({why})")
         log.error(
             "rank %d: rows of step %d are given up, as neither memory nor %s holds them; the step's rows will say so",
@@ -188,6 +193,7 @@ class Outbox:
                 again |= item.merged and not merged
                 item.merged = merged
             gone = [self._items.pop(seq) for seq in safe]
+            self._count()
         for item in gone:
             if item.path is not None:
                 self._unlink(item.path)
@@ -225,12 +231,11 @@ class Outbox:
     def status(self) -> dict[str, int]:
         """Deltas and bytes, in memory and on disk."""
         with self._lock:
-            memory = [item.nbytes for item in self._items.values() if item.buffer is not None]
             disk = [item.nbytes for item in self._items.values() if item.path is not None]
             return {
                 "deltas": len(self._items),
                 "unmerged": sum(not item.merged for item in self._items.values()),
-                "memory_bytes": sum(memory),
+                "memory_bytes": self.memory_bytes,
                 "disk_bytes": sum(disk),
                 "on_disk": len(disk),
                 "lost": len(self.lost_rows),
@@ -258,6 +263,7 @@ class Outbox:
         """Forget everything, files included."""
         with self._lock:
             gone, self._items = list(self._items.values()), {}
+            self._count()
         for item in gone:
             if item.path is not None:
                 self._unlink(item.path)

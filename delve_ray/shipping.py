@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 
 from delve_ray.errors import StoreError, UnknownSource
-from delve_ray.memory import known_widths, outbox_bytes, worker_bytes
+from delve_ray.memory import outbox_bytes, worker_bytes
 from delve_ray.moments import F64
 from delve_ray.outbox import Outbox
 from delve_ray.packing import Packer, Pending
@@ -100,7 +100,8 @@ class Shipper:
             harvest = self.recorder.harvest(end_of_window=True)
             label = self._next_step if step is None else step
             item = Pending(self.windows, label, True, step is not None, harvest, self._take_scalars())
-            if self._queue and sum(other.nbytes for other in (*self._queue, item)) > self._limit():
+            spare = self._limit() - max(0, self.outbox.memory_bytes - self._outbox_bytes())
+            if self._queue and sum(other.nbytes for other in (*self._queue, item)) > spare:
                 item.harvest, item.complete = {}, False
                 log.error(
                     "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
@@ -134,9 +135,16 @@ class Shipper:
         scalars, self._scalars = self._scalars, []
         return scalars
 
+    def _widths(self) -> list[int]:
+        return [self.recorder.width(index) or 0 for index in range(len(self.recorder.layers))]
+
+    def _outbox_bytes(self) -> int:
+        """Bytes of packed deltas that `worker_bytes` counts."""
+        return outbox_bytes(self._widths())
+
     def _limit(self) -> int:
-        """Bytes of accumulators that may wait to be packed, above the ones that `worker_bytes` counts."""
-        return max(0, self.recorder.options.max_memory - worker_bytes(known_widths(self.recorder.layers)))
+        """Bytes that may wait, packed or not, above the ones that `worker_bytes` counts."""
+        return max(0, self.recorder.options.max_memory - worker_bytes(self._widths()))
 
     def flush(self, timeout: float, *, tell_every: float = float("inf")) -> bool:
         """Wait until all that is queued is in the store; False when that takes longer.
@@ -214,9 +222,10 @@ class Shipper:
         self._packing = True
         try:
             delta, buffer = self._pack(item, self.source, self.attempt, self.sent)
-            widths = [self.recorder.width(index) or 0 for index in range(len(self.recorder.layers))]
-            memory = outbox_bytes(widths)
-            limit = max(memory, self.recorder.options.max_memory - worker_bytes(widths) + memory)
+            memory = self._outbox_bytes()
+            with self._state:
+                waiting = sum(other.nbytes for other in self._queue)
+            limit = memory + max(0, self._limit() - waiting)
             self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
             self.sent += 1
             self._first = item.closes

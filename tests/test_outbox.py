@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from delve_ray import outbox as module
 from delve_ray.moments import F64
 from delve_ray.outbox import Outbox, spill_folder
 from delve_ray.parcels import decode_parcel, parcel_name
@@ -41,8 +40,7 @@ def values(seq: int) -> F64:
 
 
 @pytest.fixture
-def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Outbox:
-    monkeypatch.setattr(module, "MIN_BYTES", 0)
+def box(tmp_path: Path) -> Outbox:
     return Outbox(config(run="../evil run"), LAYERS, str(tmp_path / "spill"))
 
 

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from delve_ray import SaturationTracker, StoreError, read_covariances, read_scalars, read_spectra
-from delve_ray import outbox as outbox_module
 from delve_ray.errors import UnknownSource
 from delve_ray.memory import worker_bytes
 from delve_ray.moments import unpack_triangle
@@ -66,7 +65,7 @@ def test_what_closes_while_the_store_is_away_waits_on_disk_and_arrives(
     savefile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hang: bool
 ) -> None:
     monkeypatch.setattr("delve_ray.shipping.RETRY_S", (0.01, 0.02))
-    monkeypatch.setattr(outbox_module, "MIN_BYTES", 0)
+    monkeypatch.setattr("delve_ray.memory.MIN_OUTBOX_BYTES", 0)
     model = nn.Linear(8, FEATURES)
     tracker = SaturationTracker(savefile, "parquet", model, stats="cov", publish_every=0, spill_dir=tmp_path / "spill")
     link = link_of(tracker)

@@ -44,6 +44,9 @@ FIND_TIMEOUT_S = 60.0
 """How long a rank other than 0 waits for rank 0 to start the store."""
 UNUSED_AFTER_S = 3600.0
 """How long a store that a driver started waits for its first worker."""
+PLACE_BYTES = 1 << 20
+"""Memory that the actor asks Ray for. Ray puts an actor that asks for nothing on any node, whatever affinity it has;
+one that asks for something goes to the node that it names as long as that lives."""
 INLINE_BYTES = 64 << 10
 """Buffers below this travel with the call; Ray puts arguments of more than 100 KB into its object store anyway."""
 READY_TIMEOUT_S = 10.0
@@ -202,6 +205,7 @@ def start(config: StoreConfig) -> Any:
             lifetime="detached",
             get_if_exists=True,
             scheduling_strategy=here,
+            memory=PLACE_BYTES,
         )
         .remote(config)
     )

@@ -94,11 +94,11 @@ class Family:
         mark = f"{MARK}={self._mark}".encode()
         return [pid for pid in _processes() if mark in _read(pid, "environ").split(b"\0")]
 
-    def wait_gone(self, within: float = 20.0) -> None:
-        """Wait until none is left. Raises AssertionError that names those that are."""
+    def wait_gone(self, within: float = 20.0, *, besides: tuple[str, ...] = ()) -> None:
+        """Wait until none is left, `besides` those of such titles. Raises AssertionError that names those that are."""
         deadline = time.monotonic() + within
-        while left := self.pids():
-            assert time.monotonic() < deadline, f"left behind: { {pid: title(pid) for pid in left} }"
+        while left := [name for pid in self.pids() if (name := title(pid)) and not name.startswith(besides)]:
+            assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.2)
 
     def end(self) -> None:
@@ -137,7 +137,7 @@ def stopped(pid: int) -> Iterator[None]:
 
 def title(pid: int) -> str:
     """What a process calls itself."""
-    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace")
+    return _read(pid, "cmdline").replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def memory(pid: int | str = "self") -> dict[str, int]:

@@ -1,0 +1,337 @@
+"""Workers that are killed, stopped, restarted or silent in the middle of a training: the rows say what they hold."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import delve_ray
+from tests.chaos.processes import (
+    NEVER_S,
+    STATS,
+    Worker,
+    batch,
+    check_rows,
+    outputs,
+    published,
+    run_file,
+    stopped,
+    store,
+    store_log,
+    wait_until,
+    workers,
+)
+
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+EPOCHS, BATCHES, KILLED_IN = 5, 6, 3
+CLOSE_TO = 1e-9
+"""Relative difference of two runs that saw the same rows."""
+
+
+# --- Ray Train -----------------------------------------------------------------------------------------
+
+
+def make_net() -> Any:
+    import torch
+    from torch import nn
+
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Dropout(0.1), nn.Linear(12, 5))
+
+
+def resume(model: Any, folder: str) -> int:
+    """Load the last checkpoint, if there is one; the epoch to begin with, which is noted."""
+    import ray.train
+    import torch
+
+    start, checkpoint = 0, ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as state:
+            saved = torch.load(Path(state, "state.pt"))
+        model.load_state_dict(saved["model"])
+        start = saved["epoch"] + 1
+    if ray.train.get_context().get_world_rank() == 0:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with Path(folder, "starts").open("a") as stream:
+            stream.write(f"{start}\n")
+    return start
+
+
+def second_start(folder: Path) -> int:
+    """The epoch with which the second attempt began: Ray Train may not have noted the last checkpoint before a kill."""
+    first, second = map(int, (folder / "starts").read_text().split())
+    assert first == 0 < second <= KILLED_IN
+    return second
+
+
+def save(model: Any, epoch: int, folder: Path) -> None:
+    """Report the end of an epoch, which is a barrier, with a checkpoint from rank 0."""
+    import ray.train
+    import torch
+
+    checkpoint = None
+    if ray.train.get_context().get_world_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": model.state_dict(), "epoch": epoch}, folder / "state.pt")
+        checkpoint = ray.train.Checkpoint.from_directory(str(folder))
+    ray.train.report({"epoch": epoch}, checkpoint=checkpoint)
+
+
+def train(config: dict[str, Any]) -> None:
+    """Train by DDP from the last checkpoint on; the first attempt's rank 1 may die in the middle of an epoch."""
+    import ray.train
+    import torch
+    from ray.train.torch import prepare_model
+
+    rank = ray.train.get_context().get_world_rank()
+    net = make_net()
+    start = resume(net, config["out"])
+    model = prepare_model(net)
+    tracker = delve_ray.SaturationTracker("saturation", "parquet", model, stats=STATS, publish_every=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for epoch in range(start, EPOCHS):
+        torch.manual_seed(1000 * rank + epoch)  # dropout
+        model.train()
+        for number in range(BATCHES):
+            if config["kill"] and (start, rank, epoch, number) == (0, 1, KILLED_IN, BATCHES // 2):
+                tracker.flush()  # so that the store holds a part of the epoch that is replayed
+                os.kill(os.getpid(), signal.SIGKILL)
+            loss = model(batch(rank, epoch, number)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            net(batch(rank, epoch, BATCHES))
+        tracker.add_saturations(epoch)
+        save(net, epoch, Path(config["out"], f"checkpoint-{epoch}"))
+    tracker.close()
+
+
+def fit(worker: Any, folder: Path, name: str, num_workers: int, *, max_failures: int = 2, **config: Any) -> str:
+    """Train; the run's savefile."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    TorchTrainer(
+        worker,
+        train_loop_config={"out": str(folder / name)} | config,
+        scaling_config=ScalingConfig(num_workers=num_workers),
+        run_config=RunConfig(
+            name=name, storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=max_failures)
+        ),
+    ).fit()
+    return str(folder / "storage" / name / "saturation")
+
+
+def test_a_killed_and_resumed_training_has_the_rows_of_an_undisturbed_one(tmp_path: Path) -> None:
+    plain = fit(train, tmp_path, "undisturbed", 2, kill=False)
+    killed = fit(train, tmp_path, "killed", 2, kill=True)
+    expected, found = published(plain), published(killed)
+    second = second_start(tmp_path / "killed")
+    assert set(expected) == {(p, e, layer) for p in ("train", "eval") for e in range(EPOCHS) for layer in ("0", "3")}
+    assert found.keys() == expected.keys()
+    for key, row in found.items():
+        scale = expected[key]["eigenvalues"][0]
+        for column in ("eigenvalues", "covariance", "mean"):
+            difference = np.abs(np.subtract(row[column], expected[key][column])).max()
+            assert difference <= CLOSE_TO * scale, (key, column)
+        for column in ("samples", "features", "intrinsic_dimensionality", "nonfinite_rows"):
+            assert row[column] == expected[key][column], (key, column)
+        assert row["samples"] == 2 * 16 * (BATCHES if key[0] == "train" else 1), key
+        assert row["attempt"] == (0 if key[1] < second else 1), key
+        assert (row["workers"], row["world_size"], row["final"]) == (2, 2, True), key
+    attempts = run_file(killed)["attempts"]
+    assert [(attempt["attempt"], attempt["world_size"]) for attempt in attempts] == [(0, 2), (1, 2)]
+    assert run_file(killed)["end"]["why"] == "closed"
+    assert [attempt["attempt"] for attempt in run_file(plain)["attempts"]] == [0]
+
+
+def grow(config: dict[str, Any]) -> None:
+    """Each rank sees its own rows; the first attempt, which has one rank, dies in the middle of an epoch."""
+    import ray.train
+
+    rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    worker = Worker(rank)
+    start = resume(worker.model, config["out"])
+    worker.track("saturation", "parquet", stats=STATS, rank=rank)
+    for epoch in range(start, EPOCHS):
+        if world_size == 1 and epoch == KILLED_IN:
+            worker.batches(epoch, range(2))
+            worker.tracker.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        worker.window(epoch, range(BATCHES))
+        save(worker.model, epoch, Path(config["out"], f"checkpoint-{epoch}"))
+    worker.tracker.close()
+
+
+def test_a_training_that_is_started_again_may_have_more_workers(tmp_path: Path) -> None:
+    """Ray Train goes on with an experiment of the same name, from its last checkpoint."""
+    from ray.train import WorkerGroupError
+
+    with pytest.raises(WorkerGroupError):
+        fit(grow, tmp_path, "growing", 1, max_failures=0)
+    savefile = fit(grow, tmp_path, "growing", 2)
+    second = second_start(tmp_path / "growing")
+    ranks = {epoch: [0] if epoch < second else [0, 1] for epoch in range(EPOCHS)}
+    expected = {e: outputs(e, dict.fromkeys(ranks[e], range(BATCHES))) for e in range(EPOCHS)}
+    rows = check_rows(savefile, expected)
+    sizes = [(row["attempt"], row["workers"], row["world_size"]) for row in rows]
+    assert sizes == [(0, 1, 1)] * second + [(1, 2, 2)] * (EPOCHS - second)
+    assert [attempt["world_size"] for attempt in run_file(savefile)["attempts"]] == [1, 2]
+
+
+# --- plain actors --------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_may_have_another_world_size(savefile: str) -> None:
+    import ray
+
+    everything = range(4)
+    with store(savefile, "resized", world_size=2) as handle:
+        with workers(range(2)) as team:
+            first, second = ray.get([w.track.remote(store=handle) for w in team])
+            for step in range(3):
+                ray.get([w.window.remote(step, everything) for w in team])
+            ray.get([w.call.remote("metrics", wait=True) for w in team])
+            ray.get([w.batches.remote(3, everything) for w in team])
+            ray.get([w.call.remote("flush") for w in team])
+            os.kill(first, signal.SIGKILL)
+            os.kill(second, signal.SIGKILL)
+        with workers(range(3)) as team:
+            ray.get([w.track.remote(store=handle, world_size=3, resume="second") for w in team])
+            for step in (2, 3, 4):
+                ray.get([w.window.remote(step, everything) for w in team])
+            ray.get([w.call.remote("close") for w in team])
+    sizes = {step: 2 if step < 2 else 3 for step in range(5)}
+    rows = check_rows(savefile, {s: outputs(s, dict.fromkeys(range(n), everything)) for s, n in sizes.items()})
+    assert [(r["attempt"], r["workers"], r["world_size"]) for r in rows] == [(0, 2, 2)] * 2 + [(1, 3, 3)] * 3
+    assert [(a["attempt"], a["world_size"]) for a in run_file(savefile)["attempts"]] == [(0, 2), (1, 3)]
+
+
+def test_a_dead_rank_is_missed_by_name_and_what_it_had_shipped_counts(savefile: str) -> None:
+    import ray
+
+    with store(savefile, "dead-rank", world_size=3, late_after=2.0) as handle, workers(range(3)) as team:
+        pids = ray.get([w.track.remote(store=handle) for w in team])
+        ray.get([w.window.remote(0, range(4)) for w in team])
+        ray.get(team[2].batches.remote(1, range(3)))
+        ray.get(team[2].call.remote("flush"))
+        ray.get(team[2].batches.remote(1, range(3, 5)))  # these never leave it
+        os.kill(pids[2], signal.SIGKILL)
+        for step in (1, 2):
+            ray.get([w.window.remote(step, range(6)) for w in team[:2]])
+        ray.get([w.call.remote("metrics", wait=True) for w in team[:2]])
+        status = ray.get(handle.status.remote())
+        ray.get([w.call.remote("close") for w in team[:2]])
+        assert ray.get(handle.flush.remote(60.0))
+        log = store_log(status["pid"])
+    both = {0: range(6), 1: range(6)}
+    parts: list[dict[int, Any]] = [dict.fromkeys(range(3), range(4)), both | {2: range(3)}, both]
+    rows = check_rows(savefile, {step: outputs(step, part) for step, part in enumerate(parts)})
+    assert [(row["samples"], row["workers"], row["world_size"]) for row in rows] == [
+        (3 * 4 * 16, 3, 3),
+        ((6 + 6 + 3) * 16, 2, 3),
+        ((6 + 6) * 16, 2, 3),
+    ]
+    for step in (1, 2):
+        assert f"step {step} is published without ranks [2]" in log
+    assert "step 0 is published without" not in log
+    assert status["problems"] == []
+
+
+def test_a_stopped_rank_corrects_the_rows_when_it_goes_on(savefile: str) -> None:
+    import ray
+
+    with store(savefile, "straggler", world_size=2, late_after=2.0) as handle, workers(range(2)) as team:
+        pids = ray.get([w.track.remote(store=handle) for w in team])
+        ray.get([w.window.remote(0, range(4)) for w in team])
+        ray.get(team[1].batches.remote(1, range(2)))
+        ray.get(team[1].call.remote("flush"))
+        ray.get(team[1].batches.remote(1, range(2, 4)))
+        with stopped(pids[1]):
+            for step in (1, 2):
+                ray.get(team[0].window.remote(step, range(6)))
+            ray.get(team[0].call.remote("metrics", wait=True))
+            # Out of the memory: what comes late has to be merged into what a file holds.
+            wait_until(lambda: ray.get(handle.status.remote())["parked_windows"] == 2, "two windows in files")
+            before = check_rows(
+                savefile,
+                {
+                    0: outputs(0, dict.fromkeys(range(2), range(4))),
+                    1: outputs(1, {0: range(6), 1: range(2)}),
+                    2: outputs(2, {0: range(6)}),
+                },
+            )
+        for step, numbers in ((1, range(4, 6)), (2, range(6))):
+            ray.get(team[1].window.remote(step, numbers))
+        ray.get([w.call.remote("close") for w in team])
+    expected = {step: outputs(step, dict.fromkeys(range(2), range(4 if step == 0 else 6))) for step in range(3)}
+    after = check_rows(savefile, expected)
+    assert [row["workers"] for row in before] == [2, 1, 1]
+    assert [row["workers"] for row in after] == [2, 2, 2]
+    assert after[0]["revision"] == before[0]["revision"]
+    assert all(new["revision"] > old["revision"] for new, old in zip(after[1:], before[1:], strict=True))
+    assert run_file(savefile)["end"]["problems"] == []
+
+
+def test_deltas_of_an_attempt_that_was_replaced_change_nothing(savefile: str) -> None:
+    import ray
+
+    everything = range(4)
+    with store(savefile, "replaced", world_size=2) as handle, workers(range(2)) as old, workers(range(2)) as new:
+        pids = ray.get([w.track.remote(store=handle) for w in old])
+        for step in range(2):
+            ray.get([w.window.remote(step, everything) for w in old])
+        ray.get([w.batches.remote(2, range(2)) for w in old])
+        ray.get([w.call.remote("flush") for w in old])
+        os.kill(pids[0], signal.SIGKILL)
+        with stopped(pids[1]):
+            ray.get([w.track.remote(store=handle, resume="second") for w in new])
+            for step in (1, 2):
+                ray.get([w.window.remote(step, everything) for w in new])
+            ray.get([w.call.remote("metrics", wait=True) for w in new])
+            assert ray.get(handle.flush.remote(60.0))
+            before, refused = published(savefile), ray.get(handle.status.remote())["refused"]
+        ray.get(old[1].window.remote(2, range(2, 4)))
+        with pytest.raises(delve_ray.StoreError, match="belongs to attempt 0, and attempt 1 replays from step 1"):
+            ray.get(old[1].call.remote("metrics", wait=True))
+        assert not ray.get(old[1].call.remote("is_recording"))
+        assert ray.get(handle.status.remote())["refused"] == refused + 1
+        ray.get([w.window.remote(3, everything) for w in new])
+        ray.get([w.call.remote("close") for w in new])
+    after = published(savefile)
+    assert {key: after[key] for key in before} == before
+    rows = check_rows(savefile, {s: outputs(s, dict.fromkeys(range(2), everything)) for s in range(4)})
+    assert [(row["attempt"], row["workers"]) for row in rows] == [(0, 2), (1, 2), (1, 2), (1, 2)]
+
+
+def test_a_run_whose_workers_are_all_silent_is_published_and_ended(savefile: str) -> None:
+    import ray
+
+    with store(savefile, "silent", world_size=2, silent_after=12.0, late_after=NEVER_S) as handle:
+        with workers(range(2)) as team:
+            pids = ray.get([w.track.remote(store=handle) for w in team])
+            ray.get([w.window.remote(0, range(4)) for w in team])
+            ray.get(team[0].window.remote(1, range(4)))
+            ray.get(team[1].batches.remote(1, range(2)))
+            ray.get([w.call.remote("flush") for w in team])
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: ray.get(handle.status.remote())["finished"], "the end of a run without workers")
+        log = store_log(ray.get(handle.status.remote())["pid"])
+        with pytest.raises(delve_ray.RegistrationError, match="has ended"), workers(range(1)) as team:
+            ray.get(team[0].track.remote(store=handle, resume="second"))
+    both = {0: outputs(0, dict.fromkeys(range(2), range(4))), 1: outputs(1, {0: range(4), 1: range(2)})}
+    rows = check_rows(savefile, both)
+    assert [(row["workers"], row["world_size"], row["final"]) for row in rows] == [(2, 2, True), (1, 2, True)]
+    end = run_file(savefile)["end"]
+    assert end["why"].startswith("none of its workers was heard of for")
+    assert end["problems"] == []
+    assert "run silent is ended: none of its workers was heard of" in log
