@@ -7,6 +7,7 @@ effect, so that it is neither dropped, nor reordered against its like, nor recom
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 _LIBRARIES: list[Any] = []
 """Keeps the library alive: its registrations end with it."""
+_DEFINING = threading.Lock()
 
 SIGNATURES = {
     # Rows (…, D), the hook's key, `module.training`, and whether a mask can concern the rows.
@@ -35,8 +37,13 @@ def define_operators(
     `actions` are what they do when compiled code runs, by their names in `SIGNATURES`. Functions that are
     `called_while_tracing` are called by torch.compile, which takes their results for good.
     """
-    if _LIBRARIES:
-        return True
+    with _DEFINING:
+        return bool(_LIBRARIES) or _define_all(actions, called_while_tracing)
+
+
+def _define_all(
+    actions: Mapping[str, Callable[..., None]], called_while_tracing: Sequence[Callable[..., bool]]
+) -> bool:
     try:
         from torch._higher_order_ops import effects
     except ImportError:

@@ -44,7 +44,10 @@ def encode(kind: str, header: dict[str, Any], arrays: Iterable[F64]) -> Iterator
 def _messages(schema: pa.Schema, arrays: Iterable[F64]) -> Iterator[bytes | pa.Buffer]:
     yield schema.serialize()
     for array in arrays:
-        yield pa.record_batch([pa.array(array, pa.float64())], schema=schema).serialize()
+        values = np.ascontiguousarray(array, np.float64)
+        # As pa.array does, but that imports pandas, if it is there.
+        column = pa.Array.from_buffers(pa.float64(), values.size, [None, pa.py_buffer(values)])
+        yield pa.record_batch([column], schema=schema).serialize()
     yield _END
 
 

@@ -49,6 +49,7 @@ def config(**changes: Any) -> StoreConfig:
         stats=("saturation", "trace", "cov"),
         publish_every=0.0,
         silent_after=0,
+        late_after=0,
     )
     return replace(base, **changes)
 

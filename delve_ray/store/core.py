@@ -238,12 +238,13 @@ class CovarianceStore(WindowStore):
                 entry.reserve()
             entries.append(entry)
         # Nothing below fails: what is refused above has changed nothing.
-        if attempt.windows.setdefault(delta.window, window).version == 0:
+        if attempt.windows.setdefault(delta.window, window).version == 0:  # it is new
             window.revision = max(window.revision, self.next_revision(attempt.number, window.ordinal))
         attempt.widths = dict(delta.widths) | attempt.widths
         for (layer, phase, *_), entry in zip(delta.entries, entries, strict=True):
             if entry is not None:
                 window.entries[layer, phase] = entry
+        window.version += 1  # so that it is not parked while this delta is merged
         self._merging += 1
         return entries, refused
 

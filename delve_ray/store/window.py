@@ -29,7 +29,7 @@ class Entry:
     total beside what was set aside.
     """
 
-    __slots__ = ("_active", "_collecting", "_frozen", "_lock", "features", "n", "nonfinite")
+    __slots__ = ("_active", "_collecting", "_frozen", "_lock", "_merging", "features", "n", "nonfinite")
 
     def __init__(self, features: int, collected: Collected | None = None) -> None:
         self.features = features
@@ -37,7 +37,8 @@ class Entry:
         self.nonfinite = 0
         self._active: tuple[PackedTotal, int] | None = None
         self._frozen: list[tuple[PackedTotal, int]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # never held while anything is merged
+        self._merging = threading.Lock()
         self._collecting = threading.Lock()
         if collected is not None:
             self.reserve()
@@ -58,16 +59,18 @@ class Entry:
 
     def add(self, n: int, nonfinite: int, mean: F64, packed: F64) -> None:
         """Merge a delta's moments."""
-        with self._lock:
-            total, before = self._active or (PackedTotal(self.features), 0)
+        with self._merging:
+            with self._lock:
+                total, before = self._active or (PackedTotal(self.features), 0)
             total.add(n, mean, packed)
-            self._active = total, before + nonfinite
-            self.n += n
-            self.nonfinite += nonfinite
+            with self._lock:
+                self._active = total, before + nonfinite
+                self.n += n
+                self.nonfinite += nonfinite
 
     def freeze(self) -> Cut:
-        """Set aside what has arrived so far, and say what that is."""
-        with self._lock:
+        """Set aside what has arrived so far, and say what that is; waits for a delta that is being merged."""
+        with self._merging, self._lock:
             if self._active is not None:
                 self._frozen.append(self._active)
                 self._active = None

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from delve_ray import read_covariances, spectrum
-from delve_ray.moments import F64, unpack_triangle
+from delve_ray.moments import F64, PackedTotal, unpack_triangle
 from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.saving import Saver
-from delve_ray.store.window import Entry
-from tests.chaos.processes import times
+from delve_ray.store.window import Entry, Window
+from tests.chaos.processes import REPOSITORY, times
 from tests.helpers import covariance_error, two_pass_covariance
 from tests.stores import Keeper, Worker, config, source, until
 
@@ -192,3 +195,107 @@ def test_the_publisher_does_not_wait_for_the_saver(savefile: str) -> None:
     until(lambda: keeper.windows)
     assert not gate.open.is_set()
     gate.open.set()
+
+
+def test_nobody_waits_for_a_delta_that_is_merged(
+    workers: tuple[CovarianceStore, list[Worker]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One source's delta is being merged, and another one's for the same layer comes to wait for it."""
+    store, team = workers
+    for worker in team:
+        worker.send({(1, 0): np.eye(5)})
+    add = PackedTotal.add
+    gate = Gate(add)
+    monkeypatch.setattr(
+        PackedTotal, "add", lambda self, n, *rest: gate(self, n, *rest) if n == 5 else add(self, n, *rest)
+    )
+    deltas = [worker.next({(1, 0): np.eye(5)}) for worker in team]
+    threads = [threading.Thread(target=store.take, args=delta, daemon=True) for delta in deltas]
+    threads[0].start()
+    assert gate.entered.wait(20)
+    threads[1].start()
+    threads[1].join(0.3)  # until it is as far as it gets
+    done = threading.Event()
+
+    def use() -> None:
+        third = Worker(store, 2)
+        third.send({(0, 0): np.ones((2, 3))})
+        for worker in team:
+            store.heartbeat(worker.source)
+        store.progress()
+        store.status()
+        done.set()
+
+    threading.Thread(target=use, daemon=True).start()
+    waited = not done.wait(20)
+    gate.open.set()
+    assert not waited, "somebody waits for a lock that is held meanwhile"
+    for thread in threads:
+        thread.join(20)
+    assert [status["deltas"] for status in store.status()["ranks"].values()] == [2, 2, 1]
+
+
+def test_a_window_is_not_parked_while_a_late_delta_is_merged(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The window's file has been written when the delta comes, and its entries are let go before that is merged."""
+    own = config(savefile=savefile, save_to=("parquet",), late_after=0.01, snapshot_every=0.01)
+    store = CovarianceStore(own, saver=Saver(Storage(savefile), 0.01))
+    first, late = Worker(store, 0), Worker(store, 1)
+    first.send({(0, 0): np.eye(3)}, closes=True)
+    delta = late.next({(0, 0): np.ones((4, 3))}, closes=True)
+    taking = threading.Thread(target=store.take, args=delta, daemon=True)
+    merging, parked = threading.Event(), threading.Event()
+    written, parking, adding = Storage.write_atomic, CovarianceStore.parked, Entry.add
+
+    def write_atomic(self: Storage, name: str, data: Any) -> None:
+        written(self, name, data)
+        if "/window-" in name and not merging.is_set():
+            taking.start()
+            assert merging.wait(20)
+
+    def park(self: CovarianceStore, handle: Window, version: int, name: str) -> None:
+        threading.Timer(0.3, parked.set).start()  # if parking waits for the delta, the delta goes on
+        parking(self, handle, version, name)
+        parked.set()
+
+    def add(self: Entry, *moments: Any) -> None:
+        merging.set()
+        assert parked.wait(20)
+        adding(self, *moments)
+
+    monkeypatch.setattr(Entry, "add", add)
+    monkeypatch.setattr(CovarianceStore, "parked", park)
+    monkeypatch.setattr(Storage, "write_atomic", write_atomic)
+    assert merging.wait(20)
+    taking.join(20)
+    for worker in (first, late):
+        worker.leave()
+    assert store.wait_finished(60)
+    (row,) = read_covariances(savefile).to_pylist()
+    assert (row["samples"], row["workers"]) == (7, 2)
+
+
+TRACKERS = """
+import threading, torch
+from delve_ray import SaturationTracker
+ready, problems = threading.Barrier(8), []
+def make(number):
+    ready.wait()
+    try:
+        SaturationTracker(f"run-{number}", modules=torch.nn.Linear(2, 2), nosave=True).close()
+    except Exception as error:
+        problems.append(error)
+threads = [threading.Thread(target=make, args=(number,)) for number in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(problems)
+"""
+
+
+@pytest.mark.slow
+def test_several_threads_make_trackers_at_once(tmp_path: Path) -> None:
+    """The first one in a process prepares what all of them share."""
+    environment = {"PYTHONPATH": REPOSITORY, "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKERS], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120
+    )
+    assert done.stdout.strip() == "[]", done.stderr

@@ -51,7 +51,9 @@ class Rank:
 
 
 def publish(features: int, ranks: int, checked: bool) -> tuple[CovarianceStore, list[Rank]]:
-    config = StoreConfig("r", "/nowhere", ranks, save_to=(), stats=("trace",), publish_every=0.0, silent_after=0)
+    config = StoreConfig(
+        "r", "/nowhere", ranks, save_to=(), stats=("trace",), publish_every=0.0, silent_after=0, late_after=0
+    )
     store = CovarianceStore(config, writers=[])
     sources = [Source("r", "", rank, str(rank), "host", rank) for rank in range(ranks)]
     for source in sources:

@@ -22,7 +22,14 @@ LAYERS = [LayerInfo("known", "Linear", 2), LayerInfo("told", "Conv2d", None)]
 
 def config() -> StoreConfig:
     return StoreConfig(
-        run="r", savefile="/nowhere", world_size=2, stats=("trace",), publish_every=0.0, silent_after=0, save_to=()
+        run="r",
+        savefile="/nowhere",
+        world_size=2,
+        stats=("trace",),
+        publish_every=0.0,
+        silent_after=0,
+        late_after=0,
+        save_to=(),
     )
 
 
