@@ -345,7 +345,9 @@ def test_nosave_writes_nothing(savefile: str) -> None:
 
 
 def test_several_ranks_in_one_process_meet_in_a_given_store(savefile: str) -> None:
-    config = StoreConfig(run="shared", savefile=savefile, world_size=2, stats=("saturation", "cov"), publish_every=0)
+    config = StoreConfig(
+        run="shared", savefile=savefile, world_size=2, stats=("saturation", "cov"), publish_every=0, late_after=0
+    )
     store = CovarianceStore(config)
     models = [nn.Linear(4, 4) for _ in range(2)]
     trackers = [SaturationTracker(modules=m, store=store, rank=rank) for rank, m in enumerate(models)]
@@ -365,7 +367,7 @@ def test_several_ranks_in_one_process_meet_in_a_given_store(savefile: str) -> No
 
 
 def test_a_window_that_a_rank_keeps_open_is_named(savefile: str) -> None:
-    store = CovarianceStore(StoreConfig(run="r", savefile=savefile, world_size=3))
+    store = CovarianceStore(StoreConfig(run="r", savefile=savefile, world_size=3, late_after=0))
     tracker = SaturationTracker(modules=nn.Linear(4, 4), store=store, rank=1)
     tracker.add_saturations()
     with pytest.raises(StoreError, match=r"not published after 0.1 s: ranks \[0, 2\] have not closed it"):
@@ -687,7 +689,7 @@ def test_no_row_for_a_layer_without_observations(savefile: str) -> None:
 def test_a_rank_that_closes_without_a_step_takes_the_others(savefile: str) -> None:
     for order in ((0, 1), (1, 0)):
         path = f"{savefile}-{order[0]}"
-        store = CovarianceStore(StoreConfig(run="r", savefile=path, world_size=2, publish_every=0))
+        store = CovarianceStore(StoreConfig(run="r", savefile=path, world_size=2, publish_every=0, late_after=0))
         models = [nn.Linear(4, 4) for _ in range(2)]
         trackers = [SaturationTracker(modules=m, store=store, rank=rank) for rank, m in enumerate(models)]
         for m in models:
