@@ -6,6 +6,7 @@ once: the counts to the integer, the covariances as a two-pass float64 computati
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -19,7 +20,7 @@ import pytest
 
 import delve_ray
 from delve_ray.moments import unpack_triangle
-from tests.chaos.processes import times
+from tests.chaos.processes import family, times
 from tests.helpers import covariance_error, two_pass_covariance
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -175,3 +176,52 @@ def check(savefile: str, kept: list[dict[tuple[int, str], np.ndarray]], steps: i
     spectra = delve_ray.read_spectra(savefile, columns=["step", "layer", "samples"]).to_pylist()
     assert [row["samples"] for row in spectra] == [rows[row["step"], row["layer"]]["samples"] for row in spectra]
     assert len(spectra) == len(rows)
+
+
+def test_ranks_that_close_together_all_learn_that_everything_is_written(ray_session: None, tmp_path: Path) -> None:
+    """Whoever is the last to leave ends the store; the others, who wait for it to be saved, have delivered, too."""
+    import ray
+
+    team = [ray.remote(Worker).options(num_cpus=0.5).remote() for _ in range(WORKERS)]
+    for number in range(3):
+        savefile = tmp_path / f"run-{number}"
+        ray.get([worker.track.remote(str(savefile), f"together-{number}", rank) for rank, worker in enumerate(team)])
+        ray.get([worker.train.remote(0, 2) for worker in team])
+        check(str(savefile), ray.get([worker.close.remote() for worker in team]), 1)
+        assert not (savefile / "undelivered").exists()
+    for worker in team:
+        ray.kill(worker)
+
+
+LOST_CALLS = {"num_failures": 1000, "req_failure_prob": 0.2, "resp_failure_prob": 0.2}
+"""Ray itself loses so many of the calls between processes, before or after they are carried out."""
+
+
+def train_over_lost_calls(savefile: str) -> None:
+    """Three ranks in one process, and their store in another."""
+    import ray
+
+    ray.init(address="local", num_cpus=2, num_gpus=0, include_dashboard=False, logging_level="ERROR")
+    team = [Worker() for _ in range(WORKERS)]
+    for rank, worker in enumerate(team):
+        worker.track(savefile, "lossy", rank)
+    for step in range(10):
+        for worker in team:
+            worker.train(step, 2)
+    closing = [threading.Thread(target=worker.close) for worker in team]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join()
+    check(savefile, [{key: np.concatenate(rows) for key, rows in worker.kept.items()} for worker in team], 10)
+    ray.shutdown()
+    print("exact")
+
+
+def test_calls_that_ray_loses_are_made_again_and_count_once(
+    tmp_path: Path, savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = {"CoreWorkerService.grpc_client.PushTask": LOST_CALLS}
+    monkeypatch.setenv("RAY_testing_rpc_failure", json.dumps(failures))
+    with family(tmp_path) as processes:
+        assert "exact" in processes.run(train_over_lost_calls, savefile)

@@ -241,3 +241,34 @@ def test_a_run_whose_store_has_ended_by_itself_is_resumed(workers: Any, savefile
     rows = delve_ray.read_spectra(savefile).to_pylist()
     assert [(r["attempt"], r["step"], r["samples"], r["workers"]) for r in rows] == [(0, 0, 10, 1), (1, 1, 40, 2)]
     assert [a["attempt"] for a in json.loads(Path(savefile, "run.json").read_text())["attempts"]] == [0, 1]
+
+
+def test_an_object_store_that_is_full_is_asked_again_and_nothing_is_lost(
+    ray_session: None, savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray itself would spill to disk for a long time before it says so."""
+    import ray
+    import torch
+    from ray.exceptions import ObjectStoreFullError
+    from torch import nn
+
+    put, refusals = ray.put, []
+
+    def full(value: Any) -> Any:
+        if isinstance(value, np.ndarray) and len(refusals) < 3:
+            refusals.append(value.nbytes)
+            raise ObjectStoreFullError("no room")
+        return put(value)
+
+    monkeypatch.setattr(ray, "put", full)
+    model = nn.Linear(4, 200)
+    with delve_ray.SaturationTracker(savefile, "parquet", model, run="full", stats="cov") as tracker:
+        rows = model(torch.randn(300, 4)).detach().double().numpy()
+        tracker.add_saturations(0)
+        tracker.metrics(wait=True)
+    assert refusals == [8 * (200 + 200 * 201 // 2)] * 3
+    (row,) = delve_ray.read_covariances(savefile).to_pylist()
+    assert (row["samples"], row["workers"]) == (300, 1)
+    reference = np.cov(rows.T, bias=True)
+    error = np.abs(unpack_triangle(row["covariance"], 200) - reference).max()
+    assert error < 1e-6 * np.linalg.eigvalsh(reference)[-1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import pytest
 
 from delve_ray import read_covariances, read_scalars
@@ -259,3 +260,26 @@ def test_a_run_that_was_ending_ends(savefile: str) -> None:
     assert second.heartbeat(worker.source).finished
     hold.set()
     assert [(r["step"], r["samples"]) for r in read_covariances(savefile).to_pylist()] == [(5, 40)]
+
+
+def test_snapshots_lie_on_any_filesystem_and_a_damaged_one_is_set_aside_there(savefile: str, tmp_path: Path) -> None:
+    """Not local: no rename, no links, no hidden names."""
+    remote = Storage("below", filesystem=pafs.SubTreeFileSystem(str(tmp_path), pafs.LocalFileSystem()))
+    assert not remote.is_local
+    store = CovarianceStore(own(savefile), saver=Saver(remote, EVERY))
+    worker = Worker(store, 0)
+    sent = rows(9, 5)
+    worker.send({(1, 0): sent})
+    save(store)
+    names = remote.list_files("store", ".arrow")
+    assert len(names) == 2
+    newest = names[-1]
+    remote.write_atomic(newest, remote.read_bytes(newest)[:-1])
+    state = Saver(remote, EVERY).load()
+    assert state is not None
+    assert [m.next_seq for m in state.attempts[0].members.values()] == [1]
+    ((_, entry),) = state.attempts[0].windows[0].entries.items()
+    found = entry.freeze().collect()
+    assert found.n == 9
+    assert np.allclose(found.mean, sent.mean(0), rtol=1e-12)
+    assert remote.exists(f"store/damaged-{newest.rpartition('/')[2]}")
