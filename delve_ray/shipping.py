@@ -99,7 +99,7 @@ class Shipper:
         with self.recorder.lock, self._state:  # in this order everywhere: a hook has the first when a signal ends it
             harvest = self.recorder.harvest(end_of_window=True)
             label = self._next_step if step is None else step
-            item = Pending(self.windows, label, True, step is not None, harvest, self._take_scalars())
+            item = Pending(self._open_window(), label, True, step is not None, harvest, self._take_scalars())
             spare = self._limit() - max(0, self.outbox.memory_bytes - self._outbox_bytes())
             if self._queue and sum(other.nbytes for other in (*self._queue, item)) > spare:
                 item.harvest, item.complete = {}, False
@@ -111,7 +111,7 @@ class Shipper:
                     self.recorder.options.max_memory,
                 )
             self._queue.append(item)
-            self.windows += 1
+            self.windows = item.window + 1
             self._next_step = label + 1
             self._state.notify_all()
 
@@ -122,7 +122,7 @@ class Shipper:
             harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
             scalars = self._take_scalars()
             if harvest or scalars:
-                self._queue.append(Pending(self.windows, self._next_step, False, False, harvest, scalars))
+                self._queue.append(Pending(self._open_window(), self._next_step, False, False, harvest, scalars))
             self._state.notify_all()
 
     def add_scalar(self, scalar: Scalar) -> None:
@@ -130,6 +130,13 @@ class Shipper:
         with self._state:
             self._scalars.append(scalar)
             self._state.notify_all()
+
+    def _open_window(self) -> int:
+        """Ordinal of the open window, also after a close that Ctrl-C has interrupted halfway."""
+        last = self._queue[-1] if self._queue else None
+        closed = 0 if last is None else last.window + last.closes
+        self.windows = max(self.windows, self._packed_window, closed)
+        return self.windows
 
     def _take_scalars(self) -> list[Scalar]:
         scalars, self._scalars = self._scalars, []
@@ -209,7 +216,7 @@ class Shipper:
                     return
                 item = self._queue[0] if self._queue else None
                 if item is None and self._scalars:
-                    item = Pending(self.windows, self._next_step, False, False, {}, self._take_scalars())
+                    item = Pending(self._open_window(), self._next_step, False, False, {}, self._take_scalars())
                     self._queue.append(item)
             if item is not None:
                 self._pack_next(item)

@@ -167,3 +167,16 @@ def test_a_store_that_has_forgotten_a_worker_gets_it_back(savefile: str, monkeyp
         (row["step"], row["samples"], row["workers"], row["attempt"]) for row in read_spectra(savefile).to_pylist()
     ]
     assert found == [(0, 10, 1, 0), (1, 21, 1, 0), (2, 22, 1, 0)]
+
+
+def test_a_close_that_was_interrupted_halfway_is_a_close(savefile: str) -> None:
+    """Ctrl-C in a notebook, after the window was handed over and before that was noted."""
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        for step in range(3):
+            model(torch.randn(10 + step, 4))
+            tracker.add_saturations(step)
+            tracker._shipper.windows -= 1
+        tracker.metrics(wait=True)
+    rows = read_spectra(savefile).to_pylist()
+    assert [(row["step"], row["samples"]) for row in rows] == [(0, 10), (1, 11), (2, 12)]
