@@ -232,7 +232,7 @@ def enter(
             if given is not None or not identity.resume or not identity.on_ray or time.monotonic() >= deadline:
                 raise
             if identity.rank == 0 and store.progress().finished:
-                store.end()
+                store.end(source)
         except StoreError as error:
             if error.final or time.monotonic() >= deadline:
                 raise

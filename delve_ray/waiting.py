@@ -106,7 +106,7 @@ def _left(shipper: Shipper, left: float, *, completed: bool) -> bool:
         raise StoreError(f"the files are not complete yet ({'; '.join(progress.problems) or 'publishing'})")
     for problem in progress.problems:
         log.error("run %s: %s", shipper.source.run, problem)
-    store.end()
+    store.end(shipper.source)
     return True
 
 

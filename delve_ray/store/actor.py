@@ -126,6 +126,10 @@ class StoreActor:
         """See `protocol.Store.leave`."""
         return self._store.leave(source, completed=completed, sent=sent)
 
+    def goodbye(self, source: Source) -> bool:
+        """See `CovarianceStore.goodbye`."""
+        return self._store.goodbye(source)
+
     def covariance(self, layer: str, phase: str) -> F64:
         """See `CovarianceStore.covariance`."""
         return self._store.covariance(layer, phase)
@@ -156,7 +160,7 @@ class StoreActor:
 
 _GROUPS = {
     "intake": ("take",),
-    "control": ("register", "abandon", "leave"),
+    "control": ("register", "abandon", "leave", "goodbye"),
     "query": ("settings", "heartbeat", "progress", "covariance", "spectrum", "status"),
     "wait": ("flush",),
 }
@@ -275,7 +279,7 @@ class RemoteStore:
     def abandon(self) -> None:
         """End the actor if nobody has ever joined its run."""
         if self._call("abandon"):
-            self.end()
+            self.kill()
 
     def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
         """See `protocol.Store.leave`."""
@@ -302,8 +306,13 @@ class RemoteStore:
             pause = min(0.5, 2 * pause)
         return True
 
-    def end(self) -> None:
-        """End the actor; its run has finished and its files are written."""
+    def end(self, source: Source) -> None:
+        """End the actor if this was the last source to ask; its run has finished and its files are written."""
+        if ray.is_initialized() and self._call("goodbye", source):
+            self.kill()
+
+    def kill(self) -> None:
+        """End the actor."""
         if ray.is_initialized():
             ray.kill(self.handle, no_restart=True)
 

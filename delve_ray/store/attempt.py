@@ -33,6 +33,7 @@ class Member:
         changed: version of the store's state at the last change of this member.
         left: whether it has completed, so that nothing waits for it.
         outbox: what waits at the source, by its own account.
+        waiting: whether it has asked to leave and will ask again.
     """
 
     source: Source
@@ -45,6 +46,7 @@ class Member:
     left: bool = False
     heard: float = field(default_factory=time.monotonic)
     outbox: dict[str, int] = field(default_factory=dict)
+    waiting: bool = False
     # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
     lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -139,7 +139,9 @@ class CovarianceStore(WindowStore):
                     self._finish("closed")
             if self.saver is not None and self.ending is None:
                 self.saver.hurry()
-            return replace(self._ack(attempt, member), left=member.left or (there and not completed))
+            ack = replace(self._ack(attempt, member), left=member.left or (there and not completed))
+            member.waiting = ack.finished or not (ack.left and ack.saved)
+            return ack
 
     def _find(self, source: Source) -> tuple[Attempt, Member]:
         for attempt in reversed(self.attempts):
@@ -336,5 +338,13 @@ class CovarianceStore(WindowStore):
         """Wait until everything is published and written after the last `leave`."""
         return self.running().finished.wait(timeout)
 
-    def end(self) -> None:
+    def goodbye(self, source: Source) -> bool:
+        """A source has its last answer; whether nobody waits for one any more."""
+        with self._lock:
+            members = [member for attempt in self.attempts for member in attempt.members.values()]
+            for member in members:
+                member.waiting = member.waiting and member.source != source
+            return not any(member.waiting for member in members)
+
+    def end(self, source: Source) -> None:
         """Nothing to release: the threads end by themselves once the run has finished."""

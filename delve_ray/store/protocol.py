@@ -253,8 +253,8 @@ class Store(Protocol):
     def wait_finished(self, timeout: float) -> bool:
         """Wait until everything is published and written after the last `leave`."""
 
-    def end(self) -> None:
-        """Release the store; called by the last source once it has finished."""
+    def end(self, source: Source) -> None:
+        """Release the store, once nobody else waits for its last answer; called by every source once it has that."""
 
     def abandon(self) -> object:
         """End the store if nobody has ever joined it; called by who started it."""
