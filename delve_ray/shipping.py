@@ -143,7 +143,9 @@ class Shipper:
         return scalars
 
     def _widths(self) -> list[int]:
-        return [self.recorder.width(index) or 0 for index in range(len(self.recorder.layers))]
+        """Features of the layers that are recorded, as far as they are known."""
+        widths = (self.recorder.width(index) for index in range(len(self.recorder.layers)))
+        return [width for width in widths if width]
 
     def _outbox_bytes(self) -> int:
         """Bytes of packed deltas that `worker_bytes` counts."""

@@ -180,3 +180,15 @@ def test_a_close_that_was_interrupted_halfway_is_a_close(savefile: str) -> None:
         tracker.metrics(wait=True)
     rows = read_spectra(savefile).to_pylist()
     assert [(row["step"], row["samples"]) for row in rows] == [(0, 10), (1, 11), (2, 12)]
+
+
+def test_layers_whose_width_nobody_knows_yet_take_no_memory(savefile: str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    with SaturationTracker(savefile, "parquet", model, conv_method="flatten", publish_every=0) as tracker:
+        tracker.add_saturations(0)
+        assert tracker._shipper._widths() == [3]
+        model(torch.randn(40, 1, 6, 6))
+        tracker.add_saturations(1)
+        assert sorted(tracker._shipper._widths()) == [3, 32]
+        tracker.metrics(wait=True)
+    assert [(row["layer"], row["features"]) for row in read_spectra(savefile).to_pylist()] == [("0", 32), ("2", 3)]

@@ -201,10 +201,16 @@ class CovarianceStore(WindowStore):
             entries, refused = admitted
             ends = list(itertools.accumulate(map(moments_size, widths)))
             starts = [0, *ends]
-            for entry, start, end, (_, _, n, nonfinite) in zip(entries, starts, ends, delta.entries, strict=False):
-                if entry is not None:
-                    middle = start + entry.features
-                    entry.add(n, nonfinite, buffer[start:middle], buffer[middle:end])
+            try:
+                for entry, start, end, (_, _, n, nonfinite) in zip(entries, starts, ends, delta.entries, strict=False):
+                    if entry is not None:
+                        middle = start + entry.features
+                        entry.add(n, nonfinite, buffer[start:middle], buffer[middle:end])
+            except BaseException:  # nothing that is foreseen; but nobody shall wait for it
+                with self._lock:
+                    self._merging -= 1
+                    self._changed.notify_all()
+                raise
             with self._lock:
                 return self._merged(delta, refused)
 

@@ -152,13 +152,14 @@ class ParquetWriter:
 
 
 def revisions(storage: Storage) -> dict[tuple[int, int], int]:
-    """The highest revision on disk of every window, by (attempt, window), as the names in `spectra/` tell it.
+    """The highest revision on disk of every window, by (attempt, window), as the files' names tell it.
 
     Files under other names are left out. Raises OSError when the storage does.
     """
     highest: dict[tuple[int, int], int] = {}
-    for attempt, window, revision in _listed(storage, "spectra"):
-        highest[attempt, window] = max(revision, highest.get((attempt, window), 0))
+    for folder in ("spectra", "covariances"):  # a crash may have left covariances without their spectra
+        for attempt, window, revision in _listed(storage, folder):
+            highest[attempt, window] = max(revision, highest.get((attempt, window), 0))
     return highest
 
 

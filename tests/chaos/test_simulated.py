@@ -221,9 +221,9 @@ def end_run(store: Incarnations, sent: int) -> None:
 
 
 @pytest.mark.parametrize("dies_before", ["nothing", "covariances/", "spectra/"])
-def test_a_window_that_no_snapshot_has_is_published_over_what_the_killed_store_showed(
-    dies_before: str, savefile: str
-) -> None:
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_window_is_published_over_what_the_killed_store_showed(dies_before: str, saved: bool, savefile: str) -> None:
+    """Whether a snapshot has a part of the window, or does not know it."""
     own = config(savefile=savefile, world_size=1, snapshot_every=3600.0)
     store, truth, rows = Incarnations(own, random.Random(0), every=3600.0), Truth(), np.random.default_rng(0)
     layers = [random_layer_rows(rows, share=1.0) for _ in range(4)]
@@ -238,9 +238,10 @@ def test_a_window_that_no_snapshot_has_is_published_over_what_the_killed_store_s
             store.life.storage.dies_before = dies_before
             store.life.store.attempts[0].windows[0].revision += 1  # one that the next made needless before its turn
         store.life.store.flush(0.5)
+        if saved and delta is deltas[0]:
+            assert store.life.store.saver.wait_saved(store.life.store._version, WITHIN_S)
     store.kill()
-    for delta in deltas:
-        assert store.life.store.take(*delta).merged
+    assert [store.life.store.take(*delta).merged for delta in deltas] == [not saved, True, True, True]
     end_run(store, 4)
     assert_published(savefile, truth, 1)
 
@@ -284,7 +285,7 @@ class Unreliable(CovarianceStore):
     def settings(self) -> StoreConfig:
         return self.incarnations.config
 
-    def end(self) -> None:
+    def end(self, *_: object) -> None:
         """It ends by itself."""
 
 

@@ -193,8 +193,8 @@ def test_ranks_that_close_together_all_learn_that_everything_is_written(ray_sess
         ray.kill(worker)
 
 
-LOST_CALLS = {"num_failures": 1000, "req_failure_prob": 0.2, "resp_failure_prob": 0.2}
-"""Ray itself loses so many of the calls between processes, before or after they are carried out."""
+LOST_CALLS = {"num_failures": 1000, "req_failure_prob": 15, "resp_failure_prob": 15}
+"""Ray itself loses so many percent of the calls between processes, before they are carried out or after."""
 
 
 def train_over_lost_calls(savefile: str) -> None:
@@ -205,7 +205,7 @@ def train_over_lost_calls(savefile: str) -> None:
     team = [Worker() for _ in range(WORKERS)]
     for rank, worker in enumerate(team):
         worker.track(savefile, "lossy", rank)
-    for step in range(10):
+    for step in range(5):
         for worker in team:
             worker.train(step, 2)
     closing = [threading.Thread(target=worker.close) for worker in team]
@@ -213,7 +213,7 @@ def train_over_lost_calls(savefile: str) -> None:
         thread.start()
     for thread in closing:
         thread.join()
-    check(savefile, [{key: np.concatenate(rows) for key, rows in worker.kept.items()} for worker in team], 10)
+    check(savefile, [{key: np.concatenate(rows) for key, rows in worker.kept.items()} for worker in team], 5)
     ray.shutdown()
     print("exact")
 
@@ -224,4 +224,6 @@ def test_calls_that_ray_loses_are_made_again_and_count_once(
     failures = {"CoreWorkerService.grpc_client.PushTask": LOST_CALLS}
     monkeypatch.setenv("RAY_testing_rpc_failure", json.dumps(failures))
     with family(tmp_path) as processes:
-        assert "exact" in processes.run(train_over_lost_calls, savefile)
+        output = processes.run(train_over_lost_calls, savefile)
+    assert "the store is unavailable" in output
+    assert "exact" in output

@@ -367,8 +367,8 @@ def test_the_highest_revision_of_every_window(storage, writer):
     ):
         storage.write_atomic(f"spectra/{name}.parquet", b"")
     storage.write_atomic("spectra/000000-0000000012-000000.parquet.tmp", b"")
-    storage.write_atomic("covariances/000000-0000000013-000000.parquet", b"")
-    assert revisions(storage) == {(0, 0): 10, (0, 1): 0, (2, 1): 3, (1000000, 10000000000): 1000000}
+    storage.write_atomic("covariances/000000-0000000001-000004.parquet", b"")  # a crash left them without spectra
+    assert revisions(storage) == {(0, 0): 10, (0, 1): 4, (2, 1): 3, (1000000, 10000000000): 1000000}
     writer.write(window([layer_row()], attempt=5, window=6, revision=7))
     assert revisions(storage)[5, 6] == 7
 
