@@ -53,7 +53,7 @@ class Packer:
         for index, phase in keys:
             features = item.harvest[index, phase].features
             size = moments_size(features)
-            n, nonfinite = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
+            n, nonfinite, _ = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
             if n or nonfinite:
                 start += size
                 entries.append((index, phase, n, nonfinite))

@@ -25,7 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from delve_ray import hooks
 from delve_ray.accumulator import Accumulator
 from delve_ray.compiled import modes_are_on, tracing
+from delve_ray.device_accumulator import DeviceAccumulator
 from delve_ray.errors import Unrecordable
+from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.layers import RowOptions
 from delve_ray.masks import UNKNOWN, MaskFunction, Masks
 from delve_ray.memory import known_widths, too_wide, worker_bytes
@@ -267,7 +269,8 @@ class Recorder:
             workspace = self._workspaces.get(device)
             if workspace is None:
                 workspace = self._workspaces[device] = Workspace(device)
-            accumulator = Accumulator(width, workspace, self.options.precision)
+            kind = HostAccumulator if device.type == "cpu" else DeviceAccumulator
+            accumulator = kind(width, workspace, self.options.precision)
             self._accumulators[key] = accumulator
         return accumulator
 

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from delve_ray import spectrum
 from delve_ray.accumulator import Accumulator
+from delve_ray.device_accumulator import DeviceAccumulator
 from delve_ray.errors import OptionError
+from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.layers import RowOptions
 from delve_ray.moments import Moments
 from delve_ray.recorder import Harvest, Recorder, RecorderOptions
@@ -133,9 +135,8 @@ def accumulator(
     features: int, *, checked: bool = True, precision: torch.dtype = torch.float32, workspace: Workspace | None = None
 ) -> Accumulator:
     """An accumulator on the CPU; `checked=False` takes the branch-free path that other devices take."""
-    made = Accumulator(features, workspace or Workspace(torch.device("cpu")), precision)
-    made.checked = checked
-    return made
+    kind = HostAccumulator if checked else DeviceAccumulator
+    return kind(features, workspace or Workspace(torch.device("cpu")), precision)
 
 
 def accumulate(batches: Iterable[Tensor], features: int, **options: Any) -> tuple[Moments, int]:
@@ -150,7 +151,8 @@ def drained(total: Accumulator) -> tuple[Moments, int]:
     """What an accumulator holds, through the buffer that the sender reads: moments, and rows left out."""
     features = total.features
     buffer = np.full(features + features * (features + 1) // 2, np.nan)
-    n, left_out = total.drain_into(buffer)
+    n, left_out, weight = total.drain_into(buffer)
+    assert weight == n
     return Moments.from_packed(n, buffer[:features], buffer[features:]), left_out
 
 

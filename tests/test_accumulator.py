@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from delve_ray import accumulator as module
+from delve_ray import chunks as module
 from delve_ray import spectrum
 from delve_ray.accumulator import Accumulator
+from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.moments import Moments, PackedTotal
 from delve_ray.workspace import BlockPlan, Workspace, block_plan
 from tests.helpers import (
@@ -210,11 +211,11 @@ def test_both_phases_and_a_product_take_at_most_12_bytes_per_entry(features: int
     workspace = Workspace(CPU)
     held = 0
     for seed in range(2):
-        accumulator = Accumulator(features, workspace)
+        accumulator = HostAccumulator(features, workspace)
         accumulator.add(random_rows(32, features, seed=seed))
         tensors = [value for value in vars(accumulator).values() if isinstance(value, Tensor)]
         held += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= Accumulator.nbytes(features) + 8
+        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= Accumulator.nbytes(features) + 16
     product, _ = workspace.product(block_plan(features), torch.float32)
     assert held + product.untyped_storage().nbytes() <= 12 * features**2
 
@@ -525,8 +526,8 @@ def test_pieces_are_bounded_and_together_the_whole(data: st.DataObject) -> None:
         x = x.movedim(-1, 0).contiguous().movedim(0, -1)
     limit = data.draw(st.integers(1, 12))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_CHUNK_ROWS", (limit, limit))
-        pieces = list(module._chunks(x))
+        patch.setattr(module, "CHUNK_ROWS", (limit, limit))
+        pieces = list(module.chunks(x))
     assert all(piece.numel() // features <= limit for piece in pieces)
     # Each row starts with a number of its own.
     firsts = torch.cat([piece.reshape(-1, features)[:, 0] for piece in pieces])
