@@ -47,7 +47,7 @@ class Accumulator:
 
     `add` takes rows of shape (…, D), any float dtype, any strides, and keeps nothing of them. Not thread-safe.
 
-    Memory: `nbytes`; for wide layers less than 5d².
+    Memory: `nbytes`; the sums of wide layers take less than 5d².
     """
 
     def __init__(self, features: int, workspace: Workspace, precision: torch.dtype = torch.float32) -> None:
@@ -65,8 +65,8 @@ class Accumulator:
         self._waiting = 0
         # Stays set when an interrupt, or no memory, parts a sum from its count; then nothing is added any more.
         self.adding = False
-        self._rows = zeros((), workspace.device, torch.int64)
-        self._dropped = zeros((), workspace.device, torch.int64)
+        self._rows: Tensor | int = zeros((), workspace.device, torch.int64)
+        self._dropped: Tensor | int = zeros((), workspace.device, torch.int64)
 
     def add(self, rows: Tensor, keep: Tensor | None = None, weight: float = 1.0) -> None:
         """Add rows of shape (…, D); with `keep`, boolean of shape (…), only those where it is True.
@@ -124,12 +124,14 @@ class Accumulator:
     def _finish(self) -> None:
         """Reduce what still waits, and wait for the device; called by the sender's thread."""
 
-    def drain_into(self, buffer: F64) -> Drained:
+    def drain_into(self, buffer: F64, workspace: Workspace | None = None) -> Drained:
         """Write mean (d) and packed scatter (d(d+1)/2) into `buffer`.
 
-        Called by the sender's thread, on an accumulator that no hook can reach any more. Waits for the
-        device; the accumulator is used up.
+        Called by the packer's thread, on an accumulator that no hook can reach any more, with scratch memory of that
+        thread's own. Waits for the device; the accumulator is used up.
         """
+        if workspace is not None and workspace.device == self.workspace.device:
+            self.workspace = workspace
         expected = self.features + triangle_size(self.features)
         if buffer.shape != (expected,):
             raise ValueError(
@@ -157,8 +159,13 @@ class Accumulator:
         n = self.drain_into(buffer).n
         return Moments.from_packed(n, buffer[: self.features], buffer[self.features :])
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that this accumulator holds now."""
+        return self.nbytes(self.features)
+
     @staticmethod
     def nbytes(features: int) -> int:
-        """Bytes that an accumulator of this many features holds."""
+        """Bytes that an accumulator of this many features holds at most."""
         plan = block_plan(features)
         return 8 * (plan.size + (2 * features + 1) * (plan.groups + 1))

@@ -1,4 +1,9 @@
-"""Moments of rows in the host's memory, where values can be looked at."""
+"""Moments of rows in the host's memory, where values can be looked at.
+
+Small batches are held back: a hook copies their rows into the accumulator's stage, and one group is made of many of
+them. A product over 1024 rows costs about what eight over 128 would save: their sums into float64, their bookkeeping,
+and a good part of the product itself.
+"""
 
 from __future__ import annotations
 
@@ -12,18 +17,30 @@ from torch import Tensor
 from delve_ray.accumulator import FLOAT32_MAX, LARGEST, Accumulator
 from delve_ray.chunks import chunks
 from delve_ray.moments import F64
-from delve_ray.workspace import Workspace, ieee_products
+from delve_ray.products import Block, upper_product, wants_rows
+from delve_ray.workspace import Workspace, empty, ieee_products
 
+_STAGE_ELEMENTS = 1 << 19
+_STAGE_ROWS = (1024, 8192)
+"""A stage has 2 MB, but no fewer rows than these and no more; of float64 rows, half as many."""
 _SQUARES = {torch.float32: (1e-30, FLOAT32_MAX), torch.float64: (0.0, float(np.finfo(np.float64).max))}
 """Between these a product's largest sum of squares is right: below, float32 squares are subnormal and lose digits."""
 _CENTRE_NOISE = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-52}
 """Relative error of a computed mean. A spread below it is made of the mean's own rounding: a constant feature's
 would not be zero."""
-_BIAS = 5e-7
-"""Largest relative error of a float32 product's diagonal. Where rows take only a few distinct values (bfloat16 far
-from zero, two-valued features, a constant background), so do the products, and a float32 sum rounds the same way at
-every step: 2.7e-6 at 8192 rows. The first group and now and then another are looked at; a layer that fails the test
-goes on in float64."""
+_RUN = 512
+"""Squares that are summed one after the other."""
+_LARGEST_ERROR = 2e-6
+_BIAS = 4e-7
+"""Largest error of a float32 product's diagonal, of its largest entry, and that of its sum. Where rows take only a few
+distinct values (bfloat16 far from zero, two-valued features, a constant background), so do the products, and a float32
+sum rounds the same way at every step: by 1.5e-5 at 8192 rows. Sums that round at random are below 1.2e-6 and 2e-7."""
+
+
+def stage_rows(features: int) -> int:
+    """Rows that are held back at most."""
+    fewest, most = _STAGE_ROWS
+    return min(most, max(fewest, _STAGE_ELEMENTS // features))
 
 
 class HostAccumulator(Accumulator):
@@ -32,53 +49,143 @@ class HostAccumulator(Accumulator):
     def __init__(self, features: int, workspace: Workspace, precision: torch.dtype = torch.float32) -> None:
         super().__init__(features, workspace, precision)
         # numpy adds float32 to float64 four times as fast as torch, and indexes without a dispatch
-        self._sums_np: F64 = self._sums.numpy()
+        self._blocks_np: list[F64] = [block.numpy() for block in self._blocks]
         self._counts_np: F64 = self._counts.numpy()
+        self._rows, self._dropped = 0, 0
+        self._capacity = stage_rows(features)
+        self._stage: Tensor | None = None
+        self._staged = 0
+        # What rows must have in common to wait together: dtype, whether they are feature maps, weight.
+        self._kind: tuple[torch.dtype, bool, float] | None = None
 
     def add(self, rows: Tensor, keep: Tensor | None = None, weight: float = 1.0) -> None:
         """See `Accumulator.add`."""
         x = self._checked(rows)
-        if keep is not None and x.device.type == "cpu":
-            x = x if keep.all() else x[keep]
-            keep = None
-        if x.numel() == 0 or self.adding:
+        if self.adding:
             return
         if x.device != self.workspace.device:
             x, keep = x.to(self.workspace.device), None if keep is None else keep.to(self.workspace.device)
-            x = x if keep is None else x[keep]
-        for chunk in chunks(x if x.dim() > 1 else x.unsqueeze(0)):
-            self._add_group(chunk, weight)
-
-    def _add_group(self, x: Tensor, weight: float) -> None:
-        """Look at the mean, which is non-finite as soon as any value is, and at the product."""
-        wide = x.dtype == torch.float64
-        centre = x.mean(tuple(range(x.dim() - 1)), dtype=torch.float64 if wide else torch.float32)
-        if x.element_size() == 2:  # a mean of half precision is on the values' own grid
-            centre = centre.to(x.dtype).to(torch.float32)
-        offset = centre.abs().amax().item()
+        if keep is not None:
+            x = x if keep.all() else x[keep]
         n = x.numel() // self.features
-        if offset < (LARGEST if wide else FLOAT32_MAX):
-            centred, residual = self._centre(x, centre, n, self.precision)
-            product_np = self._product(centred)[0].numpy()
-            largest = float(product_np[self._plan.diagonal].max())
-            smallest, most = _SQUARES[self.precision]
-            noise = n * (_CENTRE_NOISE[centre.dtype] * offset) ** 2
-            sound = max(smallest, noise) < largest < most
-            if sound and self._waiting in (0, self._plan.groups) and self.precision == torch.float32:
-                sound = self._unbiased(centred, product_np)
-            if sound or not (wide or centred.any()):
-                self._keep(n, centre, residual, product_np, weight)
-                return
-        self._add_irregular(x.reshape(n, self.features), weight)
+        if n == 0:
+            return
+        capacity = self._capacity // 2 if x.dtype == torch.float64 else self._capacity
+        if 2 * n <= capacity:
+            self._hold_back(x, n, weight, capacity)
+            return
+        for chunk in chunks(x if x.dim() > 1 else x.unsqueeze(0)):
+            n = chunk.numel() // self.features
+            if 2 * n <= capacity:
+                self._hold_back(chunk, n, weight, capacity)
+            else:
+                self._reduce(chunk, n, weight, chunk.dtype)
 
-    def _unbiased(self, centred: Tensor, product_np: npt.NDArray[Any]) -> bool:
-        """Whether float32 sums this layer's products well; if not, float64 does from now on."""
-        diagonal = product_np[self._plan.diagonal]
-        exact = np.square(centred.numpy(), dtype=np.float64).sum(axis=0)
-        if np.abs(diagonal - exact).max() <= _BIAS * exact.max():
-            return True
-        self.precision = torch.float64
-        return False
+    # --- small batches -------------------------------------------------------------------------------------
+
+    def _hold_back(self, x: Tensor, n: int, weight: float, capacity: int) -> None:
+        """Copy rows into the stage, which holds (N, D), or (D, N) of feature maps: as they lie in memory."""
+        maps = x.dim() > 2 and x.stride(-1) != 1
+        kind = (x.dtype, maps, weight)
+        if kind != self._kind or self._staged + n > capacity:
+            self._reduce_stage()
+            self._kind = kind
+        stage = self._stage_for(x.dtype, capacity)
+        first, last = self._staged, self._staged + n
+        if maps:
+            stage.view(self.features, -1)[:, first:last].view(self.features, *x.shape[:-1]).copy_(x.movedim(-1, 0))
+        else:
+            stage[first:last].view(x.shape).copy_(x)
+        self._staged = last
+        if last + n > capacity:
+            self._reduce_stage()
+
+    def _stage_for(self, dtype: torch.dtype, capacity: int) -> Tensor:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        if self._stage is None or self._stage.dtype != wide:
+            self._stage = empty((capacity, self.features), wide, self.workspace.device)
+        return self._stage
+
+    def _reduce_stage(self) -> None:
+        """Make a group of the rows that were held back."""
+        if not self._staged:
+            return
+        assert self._stage is not None
+        assert self._kind is not None
+        dtype, maps, weight = self._kind
+        n = self._staged
+        rows = self._stage.view(self.features, -1)[:, :n].t() if maps else self._stage[:n]
+        self._reduce(rows, n, weight, dtype)
+        self._staged = 0
+
+    def _finish(self) -> None:
+        self._reduce_stage()
+        self._stage = None
+
+    # --- one group -----------------------------------------------------------------------------------------
+
+    def _reduce(self, x: Tensor, n: int, weight: float, dtype: torch.dtype) -> None:
+        """Look at the mean, which is non-finite as soon as any value is, and at the squares.
+
+        `dtype` is what the rows were before they came into the stage.
+        """
+        loaded, by_rows = self._load(x, n)
+        axis = 0 if by_rows else 1  # of the observations
+        centre = loaded.mean(axis)
+        if dtype.itemsize == 2:  # a mean of half precision is on the values' own grid
+            centre = centre.to(dtype).to(torch.float32)
+        offset = float(np.abs(centre.numpy()).max())
+        if not offset < (LARGEST if dtype == torch.float64 else FLOAT32_MAX):
+            self._add_irregular(x.reshape(n, self.features), weight)
+            return
+        centred = self._centre(loaded, centre.unsqueeze(axis))
+        variances = self._squares(centred, axis)
+        largest = float(variances.max())
+        smallest, most = _SQUARES[self.precision]
+        noise = n * (_CENTRE_NOISE[centre.dtype] * offset) ** 2
+        if max(smallest, noise) < largest < most or (dtype != torch.float64 and not centred.any()):
+            # Where no mean is above the spread, what its rounding leaves is below 1e-13 of the variance.
+            near = n * offset * offset <= largest and dtype.itemsize > 2
+            residual = None if near else centred.sum(axis)
+            self._keep(n, weight, centre, residual, centred, variances, by_rows)
+        else:
+            self._add_irregular(x.reshape(n, self.features), weight)
+
+    def _load(self, x: Tensor, n: int) -> tuple[Tensor, bool]:
+        """The rows in scratch memory, float64 if they are, else float32: (n, D), or (D, n); and whether the first."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if x.dim() > 1 and x.stride(-1) != 1:  # a feature map lies feature by feature already
+            x_DN = self.workspace.scratch("rows", (self.features, n), dtype)
+            x_DN.view(self.features, *x.shape[:-1]).copy_(x.movedim(-1, 0))
+            return x_DN, False
+        if wants_rows(self.features):
+            x_ND = self.workspace.scratch("rows", (n, self.features), dtype)
+            x_ND.view(x.shape).copy_(x)
+            return x_ND, True
+        if x.dim() != 2 or x.dtype != dtype or not x.is_contiguous():
+            # torch turns a matrix quickly only if it is contiguous and of the same type.
+            x = self.workspace.scratch("turned", x.shape, dtype).copy_(x).view(n, self.features)
+        return self.workspace.scratch("rows", (self.features, n), dtype).copy_(x.t()), False
+
+    def _centre(self, loaded: Tensor, centre: Tensor) -> Tensor:
+        """Centred rows in the products' precision, in scratch memory."""
+        if loaded.dtype == torch.float32 and self.precision == torch.float64:
+            loaded = self.workspace.scratch("centred", loaded.shape, torch.float64).copy_(loaded)
+        centred = loaded.sub_(centre)
+        if centred.dtype != self.precision:
+            centred = self.workspace.scratch("centred", loaded.shape, self.precision).copy_(centred)
+        return centred
+
+    def _squares(self, centred: Tensor, axis: int) -> F64:
+        """The features' sums of squares, right to 1e-7: short runs, or cascades, whatever the rows hold."""
+        n = centred.shape[axis]
+        if axis == 1 and n % _RUN == 0 and centred.dtype == torch.float32:  # a pass that writes nothing
+            norms: F64 = torch.linalg.vector_norm(centred.view(len(centred), -1, _RUN), dim=2).numpy()
+            sums: F64 = np.square(norms, dtype=np.float64).sum(1)
+            return sums
+        squares = torch.mul(centred, centred, out=self.workspace.scratch("squares", centred.shape, centred.dtype))
+        sums = squares.sum(axis).numpy().astype(np.float64)
+        return sums
 
     def _add_irregular(self, rows: Tensor, weight: float) -> None:
         """A group that float32 or a rounded mean cannot do: leave out and count bad rows, take the rest in float64.
@@ -92,38 +199,75 @@ class HostAccumulator(Accumulator):
         if n:
             kept = rows[good].double()
             centre = kept[0] + (kept - kept[0]).mean(0)
-            centred, residual = self._centre(kept, centre, n, torch.float64)
-            self._keep(n, centre, residual, self._product(centred)[0].numpy(), weight)
+            centred = kept - centre
+            self._keep(n, weight, centre, centred.sum(0), centred, np.empty(0), by_rows=True)
 
-    def _centre(self, x: Tensor, centre: Tensor, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Centred rows, shape (n, D), in scratch memory in the order in which x lies, and their sum."""
-        if dtype == torch.float64:
-            centre = centre.to(dtype)
-        if x.dim() > 2 and x.stride(-1) != 1:  # a feature map: gathering its rows takes longer than their product
-            x_DN = x.movedim(-1, 0)
-            maps = torch.sub(x_DN, centre.view(-1, *[1] * (x.dim() - 1)), out=self.workspace.rows(x_DN.shape, dtype))
-            centred = maps.view(self.features, n).t()
-        else:
-            centred = torch.sub(x, centre, out=self.workspace.rows(x.shape, dtype)).view(n, self.features)
-        return centred, centred.sum(0)
-
-    def _product(self, centred: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """The upper blocks of centredᵀ·centred, in scratch memory."""
-        flat, blocks = self.workspace.product(self._plan, centred.dtype)
-        with ieee_products(centred.device):
-            for (first, height, _), block in zip(self._plan.blocks, blocks, strict=True):
-                # With `out=` autocast leaves the product alone.
-                torch.mm(centred[:, first : first + height].t(), centred[:, first:], out=block)
-        return flat, blocks
-
-    def _keep(self, n: int, centre: Tensor, residual: Tensor, product_np: npt.NDArray[Any], weight: float) -> None:
+    def _keep(
+        self,
+        n: int,
+        weight: float,
+        centre: Tensor,
+        residual: Tensor | None,
+        centred: Tensor,
+        variances: F64,
+        by_rows: bool,
+    ) -> None:
+        """Add a group: its product, of which one block is in memory at a time, and its mean."""
         self.adding = True
-        if weight != 1:
-            product_np = product_np * weight
-        np.add(self._sums_np, product_np, out=self._sums_np)
+        with ieee_products(centred.device):
+            for block in upper_product(centred, by_rows=by_rows):
+                values = self._mended(block, centred, variances, by_rows)
+                if weight != 1:
+                    values = np.multiply(values, weight, dtype=np.float64)
+                for index in block.covered:
+                    first, height, _ = self._plan.blocks[index]
+                    start = first - block.first
+                    total = self._blocks_np[index]
+                    np.add(total, values[start : start + height, start:], out=total)
         slot = self._slot()
         self._rows += n
         self._counts_np[slot] = n * weight
-        torch.div(residual, n, out=self._residuals[slot])
+        if residual is not None:  # after a fold these are zeros
+            torch.div(residual, n, out=self._residuals[slot])
         torch.add(self._residuals[slot], centre, out=self._means[slot])
         self.adding = False
+
+    def _mended(self, block: Block, centred: Tensor, variances: F64, by_rows: bool) -> npt.NDArray[Any]:
+        """A block's values with better sums of squares, or from float64 where float32 sums this layer badly.
+
+        torch sums by cascades, right to 1e-7, a product in one long chain. In that of the diagonal, where nothing is
+        negative, most of the product's error is, up to 1e-6.
+        """
+        values: npt.NDArray[Any] = block.values.numpy()
+        if values.dtype == np.float64:
+            return values
+        height = len(values)
+        expected = variances[block.first : block.first + height]
+        diagonal = np.einsum("ii->i", values[:, :height])
+        apart = diagonal - expected
+        # Written so that what is not a number fails.
+        if np.abs(apart).max() <= _LARGEST_ERROR * variances.max() and abs(apart.sum()) <= _BIAS * variances.sum():
+            diagonal[:] = expected
+            return values
+        self.precision = torch.float64  # from the next group on
+        wide = (centred if by_rows else centred.t()).double()
+        return (wide[:, block.first : block.first + height].t() @ wide[:, block.first :]).numpy()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that this accumulator holds now; of its stage, those that are written, as others take no memory."""
+        row = 0 if self._stage is None else self._stage.element_size() * self.features
+        return Accumulator.nbytes(self.features) + row * self._staged
+
+    @staticmethod
+    def nbytes(features: int) -> int:
+        """Bytes that an accumulator of this many features holds at most, its stage included."""
+        return Accumulator.nbytes(features) + 4 * stage_rows(features) * features
+
+    @staticmethod
+    def scratch_bytes(features: int, rows: int) -> int:
+        """Most bytes of scratch memory that groups of this many rows take, be they in float32 or in float64.
+
+        A group has three buffers in the one case, or four in the other, and one block of a product in each.
+        """
+        return (3 * 4 + 4 * 8) * rows * features + (4 + 8) * features * features

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
-from delve_ray.accumulator import Accumulator
+from delve_ray.chunks import chunk_rows
 from delve_ray.errors import OptionError
+from delve_ray.host_accumulator import HostAccumulator, stage_rows
 from delve_ray.moments import triangle_size
 from delve_ray.selection import TrackedLayer
-from delve_ray.workspace import block_plan
 
 log = logging.getLogger(__name__)
 
@@ -55,13 +55,18 @@ def worker_bytes(widths: Sequence[int]) -> int:
     """Bytes that recording layers of these widths takes at most, on the device and the host of one worker together.
 
     For every layer the accumulators of both phases, twice (those being filled and those handed over), its share of one
-    packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together one
-    product and one chunk of rows of scratch, of the widest layer.
+    packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together the
+    scratch memory of the training thread and that of the packer.
     """
-    total = sum(4 * Accumulator.nbytes(features) + 16 * triangle_size(features) for features in widths)
-    widest = max(widths, default=0)
-    # Scratch exists in float32 and, for rows that float32 cannot do, in float64.
-    scratch = 12 * (block_plan(widest).size + max(1 << 20, 1024 * widest)) if widest else 0
+    total = sum(4 * HostAccumulator.nbytes(features) + 16 * triangle_size(features) for features in widths)
+    scratch = max(
+        (
+            HostAccumulator.scratch_bytes(features, chunk_rows(features))
+            + HostAccumulator.scratch_bytes(features, stage_rows(features))
+            for features in widths
+        ),
+        default=0,
+    )
     return total + scratch + outbox_bytes(widths)
 
 

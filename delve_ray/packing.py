@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from delve_ray.moments import F64
 from delve_ray.recorder import Harvest
 from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
 from delve_ray.store.protocol import Delta, Source, moments_size
+from delve_ray.workspace import Workspace
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ class Pending:
     @property
     def nbytes(self) -> int:
         """Bytes of the accumulators."""
-        return sum(accumulator.nbytes(accumulator.features) for accumulator in self.harvest.values())
+        return sum(accumulator.held_bytes for accumulator in self.harvest.values())
 
 
 class Packer:
@@ -42,6 +44,7 @@ class Packer:
     def __init__(self, layers: Sequence[TrackedLayer]) -> None:
         self._layers = layers
         self._warned: set[tuple[int, int]] = set()
+        self._workspace = Workspace(torch.device("cpu"))  # the recorder's is the training thread's
 
     def __call__(self, item: Pending, source: Source, attempt: int, seq: int) -> tuple[Delta, F64]:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
@@ -53,7 +56,7 @@ class Packer:
         for index, phase in keys:
             features = item.harvest[index, phase].features
             size = moments_size(features)
-            n, nonfinite, _ = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size])
+            n, nonfinite, _ = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size], self._workspace)
             if n or nonfinite:
                 start += size
                 entries.append((index, phase, n, nonfinite))

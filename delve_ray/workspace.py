@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -78,7 +79,11 @@ class Workspace:
 
     def rows(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """An uninitialised contiguous tensor of this shape."""
-        return self._buffer("rows", shape.numel(), dtype).view(shape)
+        return self.scratch("rows", shape, dtype)
+
+    def scratch(self, role: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An uninitialised contiguous tensor of this shape; those of different roles may be used side by side."""
+        return self._buffer(role, math.prod(shape), dtype).view(shape)
 
     def product(self, plan: BlockPlan, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """An uninitialised flat product and its blocks."""

@@ -17,9 +17,10 @@ from torch import Tensor
 from delve_ray import chunks as module
 from delve_ray import spectrum
 from delve_ray.accumulator import Accumulator
-from delve_ray.host_accumulator import HostAccumulator
+from delve_ray.host_accumulator import HostAccumulator, stage_rows
 from delve_ray.moments import Moments, PackedTotal
-from delve_ray.workspace import BlockPlan, Workspace, block_plan
+from delve_ray.products import upper_product
+from delve_ray.workspace import BlockPlan, Workspace
 from tests.helpers import (
     TOLERANCE,
     accumulate,
@@ -207,17 +208,13 @@ def test_few_distinct_values_that_come_late() -> None:
 
 
 @pytest.mark.parametrize("features", [256, 257, 300, 512, 1000, 1024, 2048, 4096])
-def test_both_phases_and_a_product_take_at_most_12_bytes_per_entry(features: int) -> None:
-    workspace = Workspace(CPU)
-    held = 0
-    for seed in range(2):
-        accumulator = HostAccumulator(features, workspace)
-        accumulator.add(random_rows(32, features, seed=seed))
-        tensors = [value for value in vars(accumulator).values() if isinstance(value, Tensor)]
-        held += sum(tensor.untyped_storage().nbytes() for tensor in tensors)
-        assert sum(tensor.untyped_storage().nbytes() for tensor in tensors) <= Accumulator.nbytes(features) + 16
-    product, _ = workspace.product(block_plan(features), torch.float32)
-    assert held + product.untyped_storage().nbytes() <= 12 * features**2
+def test_the_sums_of_both_phases_and_a_block_take_at_most_12_bytes_per_entry(features: int) -> None:
+    blocks = [len(values) * values.shape[1] for _, values, _ in blocks_of(random_rows(features, 32))]
+    assert 2 * Accumulator.nbytes(features) + 4 * max(blocks) <= 12 * features**2
+
+
+def blocks_of(x_DN: Tensor) -> list[tuple[int, Tensor, tuple[int, ...]]]:
+    return [(block.first, block.values, block.covered) for block in upper_product(x_DN, by_rows=False)]
 
 
 # --- guarantee 1: any scale ----------------------------------------------------------------------------
@@ -591,11 +588,101 @@ def test_moments_and_the_drained_buffer_agree() -> None:
     assert same_bits(left.moments(), drained(right)[0])
 
 
-@pytest.mark.parametrize("features", [1, 16, 96, 300])
-def test_an_accumulator_takes_the_bytes_that_are_stated(features: int) -> None:
-    total = accumulator(features)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("features", [1, 16, 96, 300, 600])
+def test_an_accumulator_takes_the_bytes_that_are_stated(features: int, dtype: torch.dtype) -> None:
+    total = HostAccumulator(features, Workspace(CPU))
+    total.add(torch.ones(3, features, dtype=dtype))
     held = [value for value in vars(total).values() if isinstance(value, Tensor) and value.dim()]
-    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == Accumulator.nbytes(features)
+    taken = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    assert HostAccumulator.nbytes(features) - 8 * features < taken <= HostAccumulator.nbytes(features)
+
+
+# --- small batches are held back -----------------------------------------------------------------------
+
+
+def groups(total: HostAccumulator) -> int:
+    """Groups that were made of what was added, not counting what is held back."""
+    return total._waiting
+
+
+@pytest.mark.parametrize("features", [20, 600])
+def test_small_batches_make_one_group(features: int) -> None:
+    total = HostAccumulator(features, Workspace(CPU))
+    batches = [random_rows(stage_rows(features) // 8, features, seed=seed, offset=10.0 * seed) for seed in range(17)]
+    for number, batch in enumerate(batches):
+        total.add(batch)
+        assert groups(total) == (number + 1) // 8
+    assert_exact(drained(total)[0], torch.cat(batches))
+
+
+@pytest.mark.parametrize("features", [7, 20, 100, 600])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_batches_of_any_type_and_layout_wait_together(features: int, precision: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(features)
+    total = accumulator(features, precision=precision)
+    added = []
+    for number in range(60):
+        size = int(torch.randint(1, 30, (), generator=generator))
+        dtype = DTYPES[int(torch.randint(0, 4, (), generator=generator))]
+        rows = random_rows(6 * size, features, seed=number, dtype=dtype, offset=3.0)
+        if number % 3 == 1:
+            rows = rows.view(size, 2, 3, features)
+        elif number % 3 == 2:  # as a convolution gives it
+            rows = rows.t().contiguous().view(features, size, 2, 3).movedim(0, -1)
+        total.add(rows)
+        added.append(torch.from_numpy(float64_rows(rows)))
+    assert_exact(drained(total)[0], torch.cat(added))
+
+
+def test_a_bad_row_among_batches_that_wait() -> None:
+    batches = list(random_rows(300, 20).split(30))
+    batches[4] = batches[4].clone()
+    batches[4][7, 3] = float("inf")
+    result, left_out = accumulate(batches, 20)
+    assert left_out == 1
+    assert_exact(result, torch.cat(batches)[[index for index in range(300) if index != 127]])
+
+
+def test_what_waits_is_reduced_in_memory_of_the_thread_that_drains() -> None:
+    workspace, own = Workspace(CPU), Workspace(CPU)
+    total = accumulator(20, workspace=workspace)
+    rows = random_rows(50, 20)
+    total.add(rows)
+    buffer = np.empty(20 + 210)
+    assert total.drain_into(buffer, own) == (50, 0, 50.0)
+    assert not workspace._flat
+    assert own._flat
+    assert_exact(Moments.from_packed(50, buffer[:20], buffer[20:]), rows)
+
+
+# --- rows that count more than once --------------------------------------------------------------------
+
+
+@both_paths
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_weights_are_those_of_a_weighted_two_pass_covariance(data: st.DataObject, checked: bool) -> None:
+    features = data.draw(st.sampled_from([3, 20, 130]))
+    weights = data.draw(st.lists(st.sampled_from([1.0, 2.0, 7.5, 64.0]), min_size=1, max_size=6))
+    total = accumulator(features, checked=checked)
+    rows, repeated = [], []
+    for seed, weight in enumerate(weights):
+        batch = random_rows(data.draw(st.integers(1, 60)), features, seed=seed, offset=100.0 * seed)
+        total.add(batch, weight=weight)
+        rows.append(float64_rows(batch))
+        repeated.append(np.full(len(batch), weight))
+    buffer = np.empty(features + features * (features + 1) // 2)
+    n, left_out, weight = total.drain_into(buffer)
+    x, w = np.concatenate(rows), np.concatenate(repeated)
+    assert (n, left_out, weight) == (len(x), 0, w.sum())
+    centred = x - x[0]
+    mean = w @ centred / w.sum()
+    centred -= mean
+    reference = (centred * w[:, None]).T @ centred / w.sum()
+    result = Moments.from_packed(1, buffer[:features], buffer[features:] / weight)
+    assert covariance_error(result.scatter, reference) < TOLERANCE
+    np.testing.assert_allclose(result.mean, x[0] + mean, atol=1e-6 * max(1.0, np.abs(reference).max() ** 0.5))
 
 
 # --- nothing of a batch is kept, nothing of it is changed ----------------------------------------------
@@ -645,16 +732,17 @@ def test_accumulators_share_their_scratch_memory(checked: bool) -> None:
         assert_exact(drained(total)[0], torch.cat(rows))
 
 
-@both_paths
-@pytest.mark.parametrize("features", [16, 64, 1500])
-def test_scratch_memory_is_bounded_whatever_a_batch_has(features: int, checked: bool) -> None:
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+@pytest.mark.parametrize("features", [7, 16, 64, 1500])
+def test_scratch_memory_is_bounded_whatever_a_batch_has(features: int, precision: torch.dtype) -> None:
     workspace = Workspace(CPU)
-    total = accumulator(features, checked=checked, workspace=workspace)
-    total.add(torch.ones(1, features).expand(70_000 if features < 100 else 5000, -1))
-    total.add(torch.ones(features, 300, 70).movedim(0, -1))
-    (rows,) = [buffer for (role, dtype), buffer in workspace._flat.items() if (role, dtype) == ("rows", torch.float32)]
-    assert rows.numel() <= max(1 << 20, 1024 * features)
-    assert rows.numel() <= 8192 * features
+    total = accumulator(features, workspace=workspace, precision=precision)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        total.add(torch.ones(1, features, dtype=dtype).expand(70_000 if features < 100 else 5000, -1))
+        total.add(torch.ones(features, 300, 70, dtype=dtype).movedim(0, -1))
+    held = sum(buffer.numel() * buffer.element_size() for buffer in workspace._flat.values())
+    blocks = 12 * features**2  # these are not kept
+    assert 0 < held <= HostAccumulator.scratch_bytes(features, module.chunk_rows(features)) - blocks
 
 
 # --- the user's numerics do not leak in, ours do not leak out -------------------------------------------

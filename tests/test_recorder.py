@@ -815,7 +815,7 @@ def test_an_interrupted_forward_costs_its_layer_and_is_said(
         with monkeypatch.context() as patch:
             patch.setattr(Accumulator, "_slot", interrupt)
             with pytest.raises(KeyboardInterrupt):  # between the sum and its count
-                model(torch.randn(20, 4))
+                model(torch.randn(5000, 4))
         assert Accumulator._slot is fold
         model(torch.randn(40, 4))  # an interrupt may be caught, as in a notebook; that mends nothing
         recorded = harvested(recorder)
