@@ -14,6 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.report import Section, markdown_cells
+
+TEXT = """\
+How far the process's peak resident memory rises, in MiB, while one output is recorded: by the first hook, which also
+makes the accumulator and scratch memory, and by later ones. At most one copy of the output and d² floats are meant to
+be needed; what is below comes from reducing the output piece by piece.
+"""
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 FEATURE_MAP = (64, 256, 56, 56)
 
@@ -136,17 +144,16 @@ def reset_peak() -> int:
     return status("VmRSS")
 
 
-def memory_table() -> str:
-    """The table of all cases, as Markdown."""
-    lines = ["| output | MiB | first hook | later hooks | one copy and d² floats |", "| --- | --- | --- | --- | --- |"]
+def memory_section() -> Section:
+    """The table of all cases."""
+    lines = []
     for case in CASES:
         found = peak_bytes(case)
         shape = "×".join(map(str, case.shape))
-        lines.append(
-            f"| {case.text}, {shape} | {mib(case.output_bytes)} | +{mib(found['first'])} | +{mib(found['later'])} | "
-            f"{mib(case.allowed_bytes)} |"
-        )
-    return "\n".join(lines)
+        rises = (f"+{mib(found['first'])}", f"+{mib(found['later'])}")
+        lines.append((f"{case.text}, {shape}", mib(case.output_bytes), *rises, mib(case.allowed_bytes)))
+    headings = ("output", "MiB", "first hook", "later hooks", "one copy and d² floats")
+    return Section("Memory of a hook", TEXT, markdown_cells(headings, lines))
 
 
 def mib(size: float) -> str:
@@ -163,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory", description=__doc__)
     parser.add_argument("--measure", type=int, metavar="CASE", help="measure one case in this process, as JSON")
     options = parser.parse_args()
-    print(memory_table() if options.measure is None else json.dumps(measure(CASES[options.measure])))
+    print(memory_section() if options.measure is None else json.dumps(measure(CASES[options.measure])))
 
 
 if __name__ == "__main__":

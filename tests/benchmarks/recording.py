@@ -61,18 +61,18 @@ CASES = tuple(
 )
 
 
-def measure_recording(case: RecordingCase, samples: int) -> dict[str, Samples]:
+def measure_recording(case: RecordingCase, samples: int, device: str = "cpu") -> dict[str, Samples]:
     """Seconds of one hooked forward ("recorder") and of one bare product ("gemm")."""
-    output = case.output()
+    output = case.output().to(device)
     rows_ND = case.rows(output)
-    out = torch.empty(rows_ND.shape[1], rows_ND.shape[1])
-    layer = case.layer()
+    out = torch.empty(rows_ND.shape[1], rows_ND.shape[1], device=device)
+    layer = case.layer().to(device)
 
     def gemm() -> None:
         torch.mm(rows_ND.t(), rows_ND, out=out)
 
     with tempfile.TemporaryDirectory() as name, attach_ours(layer, Path(name), ("lsat",), nosave=True):
-        count = max(_FEWEST_CALLS, calls_lasting(_SAMPLE_S, gemm))
+        count = max(_FEWEST_CALLS, calls_lasting(_SAMPLE_S, gemm, device))
 
         def repeat_gemm(_: int) -> None:
             for _ in range(count):
@@ -83,5 +83,5 @@ def measure_recording(case: RecordingCase, samples: int) -> dict[str, Samples]:
                 layer(output)
 
         variants = {"recorder": repeat_recorder, "gemm": repeat_gemm}
-        found = alternate(variants, calls=samples, block=1, warmup=max(2, samples // 10))
+        found = alternate(variants, calls=samples, block=1, warmup=max(2, samples // 10), device=device)
     return {name: seconds / count for name, seconds in found.items()}

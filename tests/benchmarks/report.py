@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -16,44 +17,108 @@ import torch
 from tests.benchmarks.timing import Estimate, Samples
 
 _HEADINGS = ("what", "ours", "against", "ratio", "95 %", "target", "met")
+_UNITS = {"s": (1e3, "ms"), "B": (1e-6, "MB"), "B/s": (1e-6, "MB/s")}
+"""What a quantity is shown in, by its unit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table: two times and their ratio, with a target where there is one.
+    """One line of the table: two quantities and their ratio, with a target where there is one.
 
-    `note` is a sentence below the table, `samples` are the seconds behind it, for the JSON file.
+    `target` is the largest ratio that is good enough, the smallest with `at_least`. `unit` is that of both quantities:
+    s, B or B/s. `note` is a sentence below the table, `samples` are the measurements behind it, for the JSON file.
     """
 
     what: str
-    ours_s: float
+    ours: float
     against: str
-    against_s: float
+    other: float
     ratio: Estimate
     target: float | None = None
     note: str = ""
     samples: Mapping[str, Samples] = field(default_factory=dict)
+    unit: str = "s"
+    at_least: bool = False
+
+    @property
+    def good(self) -> bool | None:
+        """Whether the target is met; None without one."""
+        if self.target is None:
+            return None
+        return self.ratio.value >= self.target if self.at_least else self.ratio.value <= self.target
 
     @property
     def met(self) -> str:
         """Whether the target is met, and whether this run can tell."""
         if self.target is None:
             return ""
-        answer = "yes" if self.ratio.value <= self.target else "no"
-        certain = self.ratio.high <= self.target or self.ratio.low > self.target
-        return answer if certain else f"{answer}, within noise"
+        certain = not self.ratio.low <= self.target <= self.ratio.high
+        return ("yes" if self.good else "no") + (
+            "" if certain or self.ratio.low == self.ratio.high else ", within noise"
+        )
+
+    @property
+    def goal(self) -> str:
+        """The target in words."""
+        return "" if self.target is None else f"{'≥' if self.at_least else '≤'} {self.target:g}"
 
     def cells(self) -> tuple[str, ...]:
         """The line, under `_HEADINGS`."""
         return (
             self.what,
-            milliseconds(self.ours_s),
-            f"{self.against}: {milliseconds(self.against_s)}",
-            f"{self.ratio.value:.2f}",
-            f"{self.ratio.low:.2f} … {self.ratio.high:.2f}",
-            "" if self.target is None else f"≤ {self.target:g}",
+            quantity(self.ours, self.unit),
+            f"{self.against}: {quantity(self.other, self.unit)}",
+            decimals(self.ratio.value),
+            f"{decimals(self.ratio.low)} … {decimals(self.ratio.high)}",
+            self.goal,
             self.met,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Unmeasured:
+    """A line of the table that says why it has no figures."""
+
+    what: str
+    why: str
+
+    def cells(self) -> tuple[str, ...]:
+        """The line, under `_HEADINGS`."""
+        return (self.what, *[""] * (len(_HEADINGS) - 2), self.why)
+
+
+Line = Row | Unmeasured
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the results below the table: what its own table says, in Markdown."""
+
+    title: str
+    text: str
+    table: str
+
+    def __str__(self) -> str:
+        return f"## {self.title}\n\n{self.text.strip()}\n\n{self.table}\n"
+
+
+def decimals(ratio: float) -> str:
+    """Two decimals; two significant digits of what is smaller.
+
+    >>> decimals(0.834), decimals(0.000512), decimals(0.0)
+    ('0.83', '0.00051', '0.00')
+    """
+    return f"{float(f'{ratio:.2g}'):g}" if 0 < abs(ratio) < 0.1 else f"{ratio:.2f}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """Three significant digits, in milliseconds, MB or MB/s.
+
+    >>> quantity(0.0123456, "s"), quantity(1234567, "B")
+    ('12.3 ms', '1.23 MB')
+    """
+    factor, name = _UNITS[unit]
+    return f"{float(f'{value * factor:.3g}'):g} {name}"
 
 
 def milliseconds(seconds: float) -> str:
@@ -62,21 +127,32 @@ def milliseconds(seconds: float) -> str:
     >>> milliseconds(0.0123456), milliseconds(0.0000123456)
     ('12.3 ms', '0.0123 ms')
     """
-    return f"{float(f'{seconds * 1e3:.3g}'):g} ms"
+    return quantity(seconds, "s")
 
 
-def machine() -> dict[str, object]:
+def machine(device: str = "cpu") -> dict[str, object]:
     """What the times depend on."""
+    gpu = {} if torch.device(device).type == "cpu" else {"GPU": torch.cuda.get_device_name(device)}
     return {
+        **gpu,
         "CPU": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "delve": version("delve"),
+        **_versions("delve", "ray"),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _versions(*packages: str) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _cpu_model() -> str:
@@ -94,57 +170,93 @@ def _cpu_model() -> str:
     return " ".join([name, f"({', '.join(family)})"] if family else [name])
 
 
-def text_table(rows: Sequence[Row]) -> str:
+def text_table(lines: Sequence[Line]) -> str:
     """The table for a terminal."""
-    lines = [_HEADINGS, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+    return aligned([_HEADINGS, *(line.cells() for line in lines)])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     )
 
 
-def markdown_table(rows: Sequence[Row]) -> str:
+def markdown_cells(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (headings, ["---"] * len(headings), *lines))
+
+
+def markdown_table(lines: Sequence[Line]) -> str:
     """The table for a Markdown file."""
-    lines = [_HEADINGS, tuple("---" for _ in _HEADINGS), *(row.cells() for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_cells(_HEADINGS, (line.cells() for line in lines))
 
 
-def footnotes(rows: Sequence[Row]) -> str:
+def footnotes(lines: Sequence[Line]) -> str:
     """The rows' own sentences, as a list."""
-    return "\n".join(f"- {row.what}: {row.note}" for row in rows if row.note)
+    return "\n".join(f"- {line.what}: {line.note}" for line in lines if isinstance(line, Row) and line.note)
 
 
-MEMORY = """\
-How far the process's peak resident memory rises, in MiB, while one output is recorded: by the first hook, which also
-makes the accumulator and scratch memory, and by later ones. At most one copy of the output and d² floats are meant to
-be needed; what is below comes from reducing the output piece by piece.
-"""
+# --- several rows, several runs ------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Row], about: Mapping[str, object], notes: str, memory: str) -> str:
-    """A whole RESULTS.md."""
-    facts = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    peaks = f"## Memory of a hook\n\n{MEMORY}\n{memory}\n\n" if memory else ""
-    return (
-        f"# Results\n\nOne run of `make bench`.\n\n{markdown_table(rows)}\n\n{footnotes(rows)}\n\n{peaks}"
-        f"## What is measured\n\n{notes}\n## Machine\n\n{facts}\n"
-    )
+def in_short(lines: Sequence[Line]) -> list[tuple[str, ...]]:
+    """Of the rows that measure the same (their names are equal up to the comma): how many meet the target, and the
+    best and the worst ratio. Headings first.
+    """
+    kinds: dict[str, list[Row]] = {}
+    for line in lines:
+        if isinstance(line, Row) and line.target is not None:
+            kinds.setdefault(line.what.partition(",")[0], []).append(line)
+    cells: list[tuple[str, ...]] = [("what", "target", "ratios", "met")]
+    for kind, rows in kinds.items():
+        ratios = sorted(row.ratio.value for row in rows)
+        span = decimals(ratios[0]) + (f" … {decimals(ratios[-1])}" if len(rows) > 1 else "")
+        cells.append((kind, rows[0].goal, span, f"{sum(bool(row.good) for row in rows)} of {len(rows)}"))
+    return cells
 
 
-def as_json(rows: Sequence[Row], about: Mapping[str, object]) -> str:
+def repeats(runs: Sequence[Sequence[Line]]) -> list[tuple[str, ...]]:
+    """The ratios of several runs in a row, and in how many of them each target is met. Headings first."""
+    cells: list[tuple[str, ...]] = [("what", *(f"run {number + 1}" for number in range(len(runs))), "target", "met in")]
+    for name in dict.fromkeys(line.what for run in runs for line in run):
+        found = [next((line for line in run if line.what == name), None) for run in runs]
+        rows = [line for line in found if isinstance(line, Row)]
+        ratios = [decimals(line.ratio.value) if isinstance(line, Row) else "" for line in found]
+        goal = rows[0].goal if rows else ""
+        good = sum(bool(row.good) for row in rows)
+        answer = "all" if good == len(runs) else f"{good} of {len(runs)}"
+        cells.append((name, *ratios, goal, answer if goal else ""))
+    return cells
+
+
+# --- the forms in which it is kept ---------------------------------------------------------------------
+
+
+def markdown(
+    runs: Sequence[Sequence[Line]], about: Mapping[str, object], notes: str, sections: Sequence[Section]
+) -> str:
+    """A whole RESULTS.md: the last run's table, and all runs' ratios where there are several."""
+    short, (headings, *lines) = in_short(runs[-1]), repeats(runs)
+    parts = ["# Results\n", "One run of `make bench`, in short:\n", markdown_cells(short[0], short[1:])]
+    if len(runs) > 1:
+        parts[1] = f"{len(runs)} runs of `make bench` in a row; the last one in short:\n"
+        parts += ["\n## Run by run\n", markdown_cells(headings, lines)]
+    parts += ["\n## Every row\n", markdown_table(runs[-1]), "", footnotes(runs[-1]), ""]
+    parts += [str(section) for section in sections]
+    parts += [f"## What is measured\n\n{notes}", "## Machine\n"]
+    parts += [f"- {name}: {value}" for name, value in about.items()]
+    return "\n".join(parts) + "\n"
+
+
+def as_json(runs: Sequence[Sequence[Line]], about: Mapping[str, object]) -> str:
     """Everything, with all samples."""
-    entries = [
-        {
-            "what": row.what,
-            "ours_s": row.ours_s,
-            "against": row.against,
-            "against_s": row.against_s,
-            "ratio": asdict(row.ratio),
-            "target": row.target,
-            "met": row.met,
-            "note": row.note,
-            "samples_s": {name: samples.tolist() for name, samples in row.samples.items()},
-        }
-        for row in rows
-    ]
-    return json.dumps({"machine": about, "rows": entries}, indent=1)
+    return json.dumps({"machine": about, "runs": [[_entry(line) for line in run] for run in runs]}, indent=1)
+
+
+def _entry(line: Line) -> dict[str, object]:
+    if isinstance(line, Unmeasured):
+        return asdict(line)
+    samples = {name: values.tolist() for name, values in line.samples.items()}
+    return asdict(replace(line, samples={})) | {"met": line.met, "samples": samples}

@@ -1,4 +1,4 @@
-"""`make bench`: one table of ratios, each between things that took turns in this process.
+"""`make bench`: one table of ratios, each between things that took turns in one process or one run.
 
 Nothing here fails because something is slow; a target that is missed is shown as missed.
 """
@@ -6,153 +6,168 @@ Nothing here fails because something is slow; a target that is missed is shown a
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import importlib.util
 import logging
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
-from tests.benchmarks import report, timing
-from tests.benchmarks.memory import memory_table
-from tests.benchmarks.models import WORKLOADS, Workload
-from tests.benchmarks.publishing import measure_publishing
-from tests.benchmarks.recording import CASES, RecordingCase, measure_recording
-from tests.benchmarks.report import Row, milliseconds
-from tests.benchmarks.steps import measure_steps
-from tests.benchmarks.trackers import DELVE_SCALARS
+import torch
+
+from tests.benchmarks import report
+from tests.benchmarks.memory import memory_section
+from tests.benchmarks.models import WORKLOADS
+from tests.benchmarks.notes import NOTES
+from tests.benchmarks.recording import CASES
+from tests.benchmarks.report import Line, Section
+from tests.benchmarks.rows import publishing_rows, recording_rows, step_rows
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
-STEP_TARGET = 0.35
-RECORDING_TARGET = 0.9
-PUBLISHING_TARGET = 0.25
-
-NOTES = """\
-Extra step time: median step of a tracked copy of the model minus that of an untracked copy; a step is forward, loss,
-backward and optimizer. Every batch and every layer is recorded, stats=["lsat"], and no window is published meanwhile.
-The copies take turns step by step, and all must end with the same loss to the bit. One sample is the mean of a block
-of steps, so that work done only every few steps counts; intervals are bootstrapped over samples.
-
-delve 0.1.50 replaces its accumulator at each batch: it never adds one batch to another, and publishes the covariance
-of the last batch. So it does less than its options promise; it is measured as it is.
-
-Recorder: all that a forward hook does with a layer's output, against one float32 product XᵀX of the same rows,
-contiguous, into memory that exists. A convolution's rows are its positions; the bare product gets them gathered.
-
-Published: from add_saturations() until the window's metrics are there, with every scalar that delve computes; "on
-disk", until the Parquet file is written as well. delve's add_saturations() computes and writes its CSV files before it
-returns, in the training thread; ours works on threads of its own, and is waited for here.
-"""
+DEFAULTS = {"rounds": (1, 3), "blocks": (3, 10), "samples": (10, 60), "windows": (3, 15)}
+"""Amounts with --quick and without."""
 
 
-def step_row(workload: Workload, rounds: int, blocks: int) -> Row:
-    """Extra step time of ours against delve's."""
-    samples = measure_steps(workload, rounds, blocks)
-    base, theirs, ours = samples["untracked"], samples["delve"], samples["ours"]
-    slower = {name: timing.ratio(samples[name], base).value for name in ("ours", "delve")}
-    return Row(
-        f"extra step time, {workload.name}",
-        timing.extra(ours, base).value,
-        "delve",
-        timing.extra(theirs, base).value,
-        timing.ratio_of_extras(ours, theirs, base),
-        STEP_TARGET,
-        f"{workload.text}. The untracked step takes {milliseconds(timing.median(base).value)}, "
-        f"{slower['ours']:.2f} times that with ours, {slower['delve']:.2f} times with delve. Paired differences, "
-        f"median and quartiles of {len(base)} samples: ours {spread(ours - base)}, delve {spread(theirs - base)}.",
-        samples,
-    )
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Something that --only can choose: rows of the table, or a section below it.
+
+    `anywhere` says that it is measured on a GPU as well; `slow`, that --quick leaves it out unless --only names it.
+    """
+
+    name: str
+    measure: Callable[[argparse.Namespace], Iterable[Line | Section]]
+    anywhere: bool = False
+    slow: bool = False
 
 
-def spread(seconds: timing.Samples) -> str:
-    """Median and quartiles in milliseconds."""
-    low, middle, high = (milliseconds(value) for value in timing.quartiles(seconds))
-    return f"{middle} ({low} to {high})"
-
-
-def recording_row(case: RecordingCase, samples: int) -> Row:
-    """The recorder against the bare product."""
-    found = measure_recording(case, samples)
-    return Row(
-        f"recorder, {case.text}",
-        timing.median(found["recorder"]).value,
-        "XᵀX",
-        timing.median(found["gemm"]).value,
-        timing.ratio(found["recorder"], found["gemm"]),
-        RECORDING_TARGET,
-        samples=found,
-    )
-
-
-def publishing_rows(workload: Workload, windows: int) -> Iterator[Row]:
-    """Publishing a window, until it is known and until it is written."""
-    samples = measure_publishing(workload, DELVE_SCALARS, windows)
-    theirs = samples["delve"]
-    for name, text, target in (("ours", "published", PUBLISHING_TARGET), ("ours, on disk", "published, on disk", None)):
-        yield Row(
-            f"{text}, {workload.name}",
-            timing.median(samples[name]).value,
-            "delve",
-            timing.median(theirs).value,
-            timing.ratio(samples[name], theirs),
-            target,
-            samples={name: samples[name], "delve": theirs},
-        )
-
-
-def all_rows(options: argparse.Namespace) -> Iterator[Row]:
+def entries() -> list[Entry]:
     """Everything, in the order of the table."""
-    for workload in WORKLOADS:
-        blocks = options.blocks if options.steps is None else max(1, options.steps // workload.block)
-        yield step_row(workload, options.rounds, blocks)
-    for case in CASES:
-        yield recording_row(case, options.samples)
-    for workload in WORKLOADS:
-        yield from publishing_rows(workload, options.windows)
+    return [
+        *(Entry(f"extra step time, {w.name}", partial(step_rows, w), anywhere=True) for w in WORKLOADS),
+        *(Entry(f"recorder, {case.text}", partial(recording_rows, case), anywhere=True) for case in CASES),
+        *(Entry(f"published, {workload.name}", partial(publishing_rows, workload)) for workload in WORKLOADS),
+        # INTAKE: the rows of intake.py ("bytes per second into the store", target ≥ 0.8, Row(…, at_least=True)).
+        Entry("memory of a hook", lambda _: [memory_section()], slow=True),
+    ]
 
 
-def parse_options() -> argparse.Namespace:
+def chosen(names: Sequence[Entry], options: argparse.Namespace) -> list[Entry]:
+    """The entries that the options ask for: whose name has one of the patterns in it, in whatever case."""
+    patterns = [f"*{pattern.lower()}*" for pattern in options.only]
+    return [
+        entry
+        for entry in names
+        if (
+            any(fnmatch.fnmatchcase(entry.name.lower(), p) for p in patterns)
+            if patterns
+            else not (options.quick and entry.slow)
+        )
+        and (entry.anywhere or options.device == "cpu")
+    ]
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.run", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few samples: shows that it runs, its ratios are rough")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="PATTERN", help="rows with this in their name; may be repeated"
+    )
+    parser.add_argument("--list", action="store_true", help="show what there is to choose from")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="measure the whole table N times in a row")
+    parser.add_argument(
+        "--device", default="cpu", help="where the recording rows are measured: cpu, cuda, cuda:1; the others need cpu"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of steps, each with new models and trackers (3)")
-    parser.add_argument("--blocks", type=int, help="samples of steps per round and model, after warm-up (20)")
-    parser.add_argument("--steps", type=int, help="the same in steps; a sample has 32 of the MLP, 8 of the ResNet")
+    parser.add_argument("--blocks", type=int, help="samples of steps per round and model, after warm-up (10)")
+    parser.add_argument("--steps", type=int, help="the same in steps; a sample has 32 of the MLP, 8 of the others")
     parser.add_argument("--samples", type=int, help="samples of each recorder row (60)")
-    parser.add_argument("--windows", type=int, help="windows of each publishing row (15)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the table of a hook's peak memory")
+    parser.add_argument("--windows", type=int, help="windows of each row that closes some (15)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the table and every sample to this file")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name} beside this file")
-    options = parser.parse_args()
-    defaults = {"rounds": (1, 3), "blocks": (4, 20), "steps": (None, None), "samples": (10, 60), "windows": (3, 15)}
-    for name, (quick, thorough) in defaults.items():
-        given = getattr(options, name)
-        if given is None:
+    options = parser.parse_args(arguments)
+    for name, (quick, thorough) in DEFAULTS.items():
+        if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else thorough)
-        elif given < 1:
+    for name in (*DEFAULTS, "repeat", "steps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    options.entries = chosen(entries(), options)
+    if not options.entries:
+        parser.error(f"--only {options.only} fits no row on {options.device}; --list shows all")
     return options
+
+
+def missing(device: str) -> str | None:
+    """What the measurements need and this environment lacks, in a sentence."""
+    if importlib.util.find_spec("delve") is None:
+        return "delve 0.1.50 is not installed: `make bench` makes an environment that has it."
+    if torch.device(device).type != "cpu" and not torch.cuda.is_available():
+        return f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False here."
+    return None
+
+
+def measure(options: argparse.Namespace, *, sections: bool) -> tuple[list[Line], list[Section]]:
+    """All rows once, each printed when it is there; and the sections, if they are asked for."""
+    lines: list[Line] = []
+    parts: list[Section] = []
+    for entry in options.entries:
+        if entry.slow and not sections:
+            continue
+        for found in entry.measure(options):
+            if isinstance(found, Section):
+                parts.append(found)
+            else:
+                lines.append(found)
+                print("  ".join(cell for cell in found.cells() if cell), flush=True)
+    return lines, parts
 
 
 def main() -> None:
     """Measure, print, and write what is asked for."""
     options = parse_options()
+    if options.list:
+        print("\n".join(entry.name for entry in options.entries))
+        return
+    if lack := missing(options.device):
+        print(lack, file=sys.stderr)
+        raise SystemExit(2)
     logging.disable(logging.INFO)  # delve names every layer
-    about = report.machine()
+    about = report.machine(options.device)
     load_before = os.getloadavg()[0]
-    rows: list[Row] = []
-    for row in all_rows(options):
-        rows.append(row)
-        print("  ".join(row.cells()), flush=True)
-    memory = "" if options.no_memory or options.quick else memory_table()
+    runs: list[list[Line]] = []
+    sections: list[Section] = []
+    for number in range(options.repeat):
+        if options.repeat > 1:
+            print(f"run {number + 1} of {options.repeat}", flush=True)
+        lines, parts = measure(options, sections=number == 0)
+        runs.append(lines)
+        sections += parts
     about["load average"] = f"{load_before:.2f} before the run, {os.getloadavg()[0]:.2f} after it"
     about["date"] = f"{datetime.now(UTC):%Y-%m-%d}"
-    print(f"\n{report.text_table(rows)}\n\n{report.footnotes(rows)}\n\n{NOTES}\n{memory}")
-    print("\n".join(f"{name}: {value}" for name, value in about.items()))
+    show(runs, sections, about)
     if options.json:
-        options.json.write_text(report.as_json(rows, about), encoding="utf-8")
+        options.json.write_text(report.as_json(runs, about), encoding="utf-8")
     if options.write:
-        RESULTS.write_text(report.markdown(rows, about, NOTES, memory), encoding="utf-8")
+        RESULTS.write_text(report.markdown(runs, about, NOTES, sections), encoding="utf-8")
+
+
+def show(runs: Sequence[Sequence[Line]], sections: Sequence[Section], about: dict[str, object]) -> None:
+    """Print everything once more, together."""
+    if runs[-1]:
+        print(f"\n{report.text_table(runs[-1])}\n\n{report.footnotes(runs[-1])}\n")
+    print("\n".join(map(str, sections)))
+    print(f"{NOTES}\n" + "\n".join(f"{name}: {value}" for name, value in about.items()))
+    if runs[-1]:
+        print(f"\n{report.aligned(report.in_short(runs[-1]))}")
+    if len(runs) > 1:
+        print(f"\n{report.aligned(report.repeats(runs))}")
 
 
 if __name__ == "__main__":

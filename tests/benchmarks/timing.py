@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 Samples = npt.NDArray[np.float64]
 """Seconds per call, shape (samples,); the same index in two variants was measured side by side."""
@@ -46,6 +48,32 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+def stopwatch(device: str) -> Callable[[Callable[[], object]], float]:
+    """What takes a call and returns its seconds: on the host by its clock, on a GPU by the device's events.
+
+    The device is idle when a call begins: what another variant left to it does not count here.
+    """
+    if torch.device(device).type == "cpu":
+
+        def on_host(call: Callable[[], object]) -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return on_host
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def on_device(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e3
+
+    return on_device
+
+
 def alternate(
     variants: Mapping[str, Callable[[int], object]],
     *,
@@ -53,13 +81,15 @@ def alternate(
     block: int,
     warmup: int,
     before: Callable[[str, int], object] | None = None,
+    device: str = "cpu",
 ) -> dict[str, Samples]:
     """Call all variants in turn, `calls` times each, and return the mean seconds per call of each block.
 
     The order changes from call to call through all permutations, so that each variant follows each other one
     equally often. A variant gets the number of the call; `before` gets its name as well and is not timed. The
-    first `warmup` calls are not counted.
+    first `warmup` calls are not counted. `device` is where the work is done, see `stopwatch`.
     """
+    watch = stopwatch(device)
     orders = itertools.cycle(itertools.permutations(variants))
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     with no_garbage_collection():
@@ -67,21 +97,18 @@ def alternate(
             for name in next(orders):
                 if before is not None:
                     before(name, call)
-                start = time.perf_counter()
-                variants[name](call)
-                elapsed = time.perf_counter() - start
+                elapsed = watch(partial(variants[name], call))
                 if call >= warmup:
                     seconds[name].append(elapsed)
     whole = calls - calls % block
     return {name: np.array(times[:whole]).reshape(-1, block).mean(axis=1) for name, times in seconds.items()}
 
 
-def calls_lasting(seconds: float, call: Callable[[], object]) -> int:
+def calls_lasting(seconds: float, call: Callable[[], object], device: str = "cpu") -> int:
     """About how many calls take this long; at least one."""
-    call()
-    start = time.perf_counter()
-    call()
-    return max(1, round(seconds / max(time.perf_counter() - start, 1e-9)))
+    watch = stopwatch(device)
+    watch(call)
+    return max(1, round(seconds / max(watch(call), 1e-9)))
 
 
 def joined(rounds: Sequence[dict[str, Samples]]) -> dict[str, Samples]:

@@ -11,25 +11,33 @@ from torch import nn
 
 from delve_ray import SaturationTracker
 
-try:
-    import delve
-except ImportError:
-    raise SystemExit("delve 0.1.50 is not installed: `make bench` makes an environment that has it") from None
-
 DELVE_SCALARS = ("lsat", "idim", "trc", "dtrc", "det")
 """Every scalar that delve computes."""
 
 
-def attach_ours(model: nn.Module, folder: Path, stats: Sequence[str], *, nosave: bool = False) -> SaturationTracker:
+def attach_ours(
+    model: nn.Module, folder: Path, stats: Sequence[str], *, nosave: bool = False, **options: Any
+) -> SaturationTracker:
     """Our tracker: without Ray, so its store is in this process and its threads compete for the same cores."""
     save_to = None if nosave else "parquet"
-    return SaturationTracker(folder / "ours", save_to, model, stats=list(stats), publish_every=0, nosave=nosave)
+    return SaturationTracker(
+        folder / "ours", save_to, model, stats=list(stats), publish_every=0, nosave=nosave, **options
+    )
 
 
-def attach_delve(model: nn.Module, folder: Path, stats: Sequence[str]) -> Any:
-    """Delve's tracker, with its CSV writer."""
+def attach_delve(model: nn.Module, folder: Path, stats: Sequence[str], device: str = "cpu") -> Any:
+    """Delve's tracker, with its CSV writer. Raises ImportError without delve."""
+    import delve
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return delve.SaturationTracker(
-            str(folder / "delve"), "csv", model, stats=list(stats), timeseries_method="timestepwise", device="cpu"
+            str(folder / "delve"), "csv", model, stats=list(stats), timeseries_method="timestepwise", device=device
         )
+
+
+def check_same_layers(ours: SaturationTracker, theirs: Any) -> None:
+    """Raises RuntimeError unless both record the same layers: times of different work say nothing."""
+    found = sorted(name.replace("-", ".") for name in theirs.layers)
+    if found != sorted(ours.layers):
+        raise RuntimeError(f"delve records {found}, delve_ray {sorted(ours.layers)}")
