@@ -3,10 +3,15 @@
 Small batches are held back: a hook copies their rows into the accumulator's stage, and one group is made of many of
 them. A product over 1024 rows costs about what eight over 128 would save: their sums into float64, their bookkeeping,
 and a good part of the product itself.
+
+Of narrow layers, whose products are cheap, passes over the rows and calls count. So most of their groups are not
+centred by their own mean but by that of a group before, in the pass that copies them, and kept where that is near
+enough: `_reduce_shifted`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,7 @@ from torch import Tensor
 from delve_ray.accumulator import FLOAT32_MAX, LARGEST, Accumulator
 from delve_ray.chunks import chunks
 from delve_ray.moments import F64
-from delve_ray.products import Block, upper_product, wants_rows
+from delve_ray.products import Block, onednn, product_blocks, upper_product, wants_rows
 from delve_ray.workspace import Workspace, empty, ieee_products
 
 _STAGE_ELEMENTS = 1 << 19
@@ -28,6 +33,13 @@ _SQUARES = {torch.float32: (1e-30, FLOAT32_MAX), torch.float64: (0.0, float(np.f
 _CENTRE_NOISE = {torch.float32: 8 * 2.0**-23, torch.float64: 8 * 2.0**-52}
 """Relative error of a computed mean. A spread below it is made of the mean's own rounding: a constant feature's
 would not be zero."""
+_SHIFTED = 16
+"""Groups that share a centre at most; the first of them is looked at with care."""
+_NEAR = 0.25
+"""Largest distance of a mean from a centre, squared, in units of the largest variance. The float32 product is then
+less exact by this share at most."""
+_PROBES = 4
+"""Features of each group whose squares are summed a second time, in turn."""
 _RUN = 512
 """Squares that are summed one after the other."""
 _LARGEST_ERROR = 2e-6
@@ -35,6 +47,24 @@ _BIAS = 4e-7
 """Largest error of a float32 product's diagonal, of its largest entry, and that of its sum. Where rows take only a few
 distinct values (bfloat16 far from zero, two-valued features, a constant background), so do the products, and a float32
 sum rounds the same way at every step: by 1.5e-5 at 8192 rows. Sums that round at random are below 1.2e-6 and 2e-7."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Centred rows, (n, D) `by_rows`, else (D, n), and what is known of them: D values each.
+
+    `mean` is what was subtracted, `residual` the mean of what is left, None where it does not matter. `squares` are
+    the sums of squares, None where the rows are float64.
+    """
+
+    n: int
+    weight: float
+    mean: npt.NDArray[Any]
+    residual: F64 | None
+    centred: Tensor
+    by_rows: bool
+    squares: F64 | None = None
+    largest: float = 0.0
 
 
 def stage_rows(features: int) -> int:
@@ -51,12 +81,21 @@ class HostAccumulator(Accumulator):
         # numpy adds float32 to float64 four times as fast as torch, and indexes without a dispatch
         self._blocks_np: list[F64] = [block.numpy() for block in self._blocks]
         self._counts_np: F64 = self._counts.numpy()
+        self._means_np: F64 = self._means.numpy()
+        self._residuals_np: F64 = self._residuals.numpy()
         self._rows, self._dropped = 0, 0
         self._capacity = stage_rows(features)
         self._stage: Tensor | None = None
         self._staged = 0
         # What rows must have in common to wait together: dtype, whether they are feature maps, weight.
         self._kind: tuple[torch.dtype, bool, float] | None = None
+        # Groups that share a centre: how many more may, and Σw(z − centre) and Σw of those that did.
+        self._narrow = len(product_blocks(features, fast=onednn() is not None)) == 1
+        self._whole = tuple(range(len(self._plan.blocks)))
+        self._shift: Tensor | None = None
+        self._shift_left = 0
+        self._shifted: F64 = np.zeros(features)
+        self._shifted_count = 0.0
 
     def add(self, rows: Tensor, keep: Tensor | None = None, weight: float = 1.0) -> None:
         """See `Accumulator.add`."""
@@ -121,6 +160,7 @@ class HostAccumulator(Accumulator):
     def _finish(self) -> None:
         self._reduce_stage()
         self._stage = None
+        self._end_shift()
 
     # --- one group -----------------------------------------------------------------------------------------
 
@@ -129,43 +169,59 @@ class HostAccumulator(Accumulator):
 
         `dtype` is what the rows were before they came into the stage.
         """
+        if self._shift_left and dtype != torch.float64 and self._reduce_shifted(x, n, weight):
+            return
         loaded, by_rows = self._load(x, n)
         axis = 0 if by_rows else 1  # of the observations
         centre = loaded.mean(axis)
         if dtype.itemsize == 2:  # a mean of half precision is on the values' own grid
             centre = centre.to(dtype).to(torch.float32)
-        offset = float(np.abs(centre.numpy()).max())
+        mean = centre.numpy()
+        offset = max(float(mean.max()), -float(mean.min()))
         if not offset < (LARGEST if dtype == torch.float64 else FLOAT32_MAX):
             self._add_irregular(x.reshape(n, self.features), weight)
             return
         centred = self._centre(loaded, centre.unsqueeze(axis))
-        variances = self._squares(centred, axis)
-        largest = float(variances.max())
+        squares = self._squares(centred, axis)
+        largest = float(squares.max())
         smallest, most = _SQUARES[self.precision]
         noise = n * (_CENTRE_NOISE[centre.dtype] * offset) ** 2
         if max(smallest, noise) < largest < most or (dtype != torch.float64 and not centred.any()):
+            residual = None
             # Where no mean is above the spread, what its rounding leaves is below 1e-13 of the variance.
-            near = n * offset * offset <= largest and dtype.itemsize > 2
-            residual = None if near else centred.sum(axis)
-            self._keep(n, weight, centre, residual, centred, variances, by_rows)
+            if n * offset * offset > largest or dtype.itemsize == 2:
+                residual = np.divide(centred.sum(axis).numpy(), n, dtype=np.float64)
+            self._keep(_Group(n, weight, mean, residual, centred, by_rows, squares, largest))
+            if self._narrow and self.precision == torch.float32:
+                self._end_shift()
+                self._shift, self._shift_left = centre, _SHIFTED
         else:
             self._add_irregular(x.reshape(n, self.features), weight)
 
-    def _load(self, x: Tensor, n: int) -> tuple[Tensor, bool]:
-        """The rows in scratch memory, float64 if they are, else float32: (n, D), or (D, n); and whether the first."""
+    def _load(self, x: Tensor, n: int, centre: Tensor | None = None) -> tuple[Tensor, bool]:
+        """The rows in scratch memory, float64 if they are, else float32: (n, D), or (D, n); and whether the first.
+
+        With a `centre`, float32, less that.
+        """
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        by_rows = False
         if x.dim() > 1 and x.stride(-1) != 1:  # a feature map lies feature by feature already
-            x_DN = self.workspace.scratch("rows", (self.features, n), dtype)
-            x_DN.view(self.features, *x.shape[:-1]).copy_(x.movedim(-1, 0))
-            return x_DN, False
-        if wants_rows(self.features):
-            x_ND = self.workspace.scratch("rows", (n, self.features), dtype)
-            x_ND.view(x.shape).copy_(x)
-            return x_ND, True
-        if x.dim() != 2 or x.dtype != dtype or not x.is_contiguous():
-            # torch turns a matrix quickly only if it is contiguous and of the same type.
-            x = self.workspace.scratch("turned", x.shape, dtype).copy_(x).view(n, self.features)
-        return self.workspace.scratch("rows", (self.features, n), dtype).copy_(x.t()), False
+            x = x.movedim(-1, 0)
+            loaded = self.workspace.scratch("rows", (self.features, n), dtype)
+            centre = None if centre is None else centre.view(-1, *[1] * (x.dim() - 1))
+        elif wants_rows(self.features):
+            loaded, by_rows = self.workspace.scratch("rows", (n, self.features), dtype), True
+        else:
+            if x.dim() != 2 or x.dtype != dtype or not x.is_contiguous():
+                # torch turns a matrix quickly only if it is contiguous and of the same type.
+                x = self.workspace.scratch("turned", x.shape, dtype).copy_(x).view(n, self.features)
+            loaded = self.workspace.scratch("rows", (self.features, n), dtype).copy_(x.t())
+            return loaded if centre is None else loaded.sub_(centre[:, None]), False
+        if centre is None:
+            loaded.view(x.shape).copy_(x)
+        else:
+            torch.sub(x, centre, out=loaded.view(x.shape))
+        return loaded, by_rows
 
     def _centre(self, loaded: Tensor, centre: Tensor) -> Tensor:
         """Centred rows in the products' precision, in scratch memory."""
@@ -200,58 +256,109 @@ class HostAccumulator(Accumulator):
             kept = rows[good].double()
             centre = kept[0] + (kept - kept[0]).mean(0)
             centred = kept - centre
-            self._keep(n, weight, centre, centred.sum(0), centred, np.empty(0), by_rows=True)
+            self._keep(_Group(n, weight, centre.numpy(), centred.mean(0).numpy(), centred, by_rows=True))
 
-    def _keep(
-        self,
-        n: int,
-        weight: float,
-        centre: Tensor,
-        residual: Tensor | None,
-        centred: Tensor,
-        variances: F64,
-        by_rows: bool,
-    ) -> None:
+    def _keep(self, group: _Group) -> None:
         """Add a group: its product, of which one block is in memory at a time, and its mean."""
         self.adding = True
-        with ieee_products(centred.device):
-            for block in upper_product(centred, by_rows=by_rows):
-                values = self._mended(block, centred, variances, by_rows)
-                if weight != 1:
-                    values = np.multiply(values, weight, dtype=np.float64)
-                for index in block.covered:
-                    first, height, _ = self._plan.blocks[index]
-                    start = first - block.first
-                    total = self._blocks_np[index]
-                    np.add(total, values[start : start + height, start:], out=total)
+        with ieee_products(group.centred.device):
+            for block in upper_product(group.centred, by_rows=group.by_rows):
+                values = self._trusted(block, group)
+                if group.weight != 1:
+                    values = np.multiply(values, group.weight, dtype=np.float64)
+                self._add_block(values, block.covered)
         slot = self._slot()
-        self._rows += n
-        self._counts_np[slot] = n * weight
-        if residual is not None:  # after a fold these are zeros
-            torch.div(residual, n, out=self._residuals[slot])
-        torch.add(self._residuals[slot], centre, out=self._means[slot])
+        self._rows += group.n
+        self._counts_np[slot] = group.n * group.weight
+        if group.residual is None:  # after a fold these are zeros
+            self._means_np[slot] = group.mean
+        else:
+            self._residuals_np[slot] = group.residual
+            np.add(group.mean, group.residual, out=self._means_np[slot])
         self.adding = False
 
-    def _mended(self, block: Block, centred: Tensor, variances: F64, by_rows: bool) -> npt.NDArray[Any]:
+    def _add_block(self, values: npt.NDArray[Any], covered: tuple[int, ...]) -> None:
+        origin = self._plan.blocks[covered[0]][0]
+        for index in covered:
+            first, height, _ = self._plan.blocks[index]
+            start = first - origin
+            total = self._blocks_np[index]
+            np.add(total, values[start : start + height, start:], out=total)
+
+    def _trusted(self, block: Block, group: _Group) -> npt.NDArray[Any]:
         """A block's values with better sums of squares, or from float64 where float32 sums this layer badly.
 
         torch sums by cascades, right to 1e-7, a product in one long chain. In that of the diagonal, where nothing is
         negative, most of the product's error is, up to 1e-6.
         """
         values: npt.NDArray[Any] = block.values.numpy()
-        if values.dtype == np.float64:
+        if group.squares is None or values.dtype == np.float64:
             return values
         height = len(values)
-        expected = variances[block.first : block.first + height]
+        expected = group.squares[block.first : block.first + height]
         diagonal = np.einsum("ii->i", values[:, :height])
         apart = diagonal - expected
+        limit = _LARGEST_ERROR * group.largest
         # Written so that what is not a number fails.
-        if np.abs(apart).max() <= _LARGEST_ERROR * variances.max() and abs(apart.sum()) <= _BIAS * variances.sum():
+        if apart.max() <= limit and apart.min() >= -limit and abs(apart.sum()) <= _BIAS * expected.sum() + limit:
             diagonal[:] = expected
             return values
         self.precision = torch.float64  # from the next group on
-        wide = (centred if by_rows else centred.t()).double()
+        wide = (group.centred if group.by_rows else group.centred.t()).double()
         return (wide[:, block.first : block.first + height].t() @ wide[:, block.first :]).numpy()
+
+    # --- groups that share a centre -------------------------------------------------------------------------
+
+    def _reduce_shifted(self, x: Tensor, n: int, weight: float) -> bool:
+        """Reduce a group about the centre of one before; False, with nothing done, where that is not near enough.
+
+        All these groups together are one whose residual is the mean of what is left of them.
+        """
+        first = self._shift_left * _PROBES % max(1, self.features - _PROBES + 1)
+        values, sums, probed = self._about_shift(x, n, first)
+        diagonal = np.einsum("ii->i", values)
+        largest = float(diagonal.max())
+        far = max(float(sums.max()), -float(sums.min()))
+        # Written so that what is not a number fails.
+        if not (far * far <= _NEAR * n * largest and _SQUARES[torch.float32][0] < largest < FLOAT32_MAX):
+            self._shift_left = 0
+            return False
+        apart = diagonal[first : first + _PROBES] - probed
+        if not max(float(apart.max()), -float(apart.min())) <= _LARGEST_ERROR * largest:
+            self._shift_left = 0
+            return False
+        self.adding = True
+        self._add_block(values if weight == 1 else np.multiply(values, weight, dtype=np.float64), self._whole)
+        self._rows += n
+        self._shifted += sums if weight == 1 else np.multiply(sums, weight, dtype=np.float64)
+        self._shifted_count += n * weight
+        self._shift_left -= 1
+        self.adding = False
+        return True
+
+    def _about_shift(self, x: Tensor, n: int, first: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any], F64]:
+        """The product and the sums of rows less the shared centre, and the sums of squares of some features."""
+        assert self._shift is not None
+        probes = slice(first, first + _PROBES)
+        centred, by_rows = self._load(x, n, self._shift)
+        with ieee_products(x.device):
+            (block,) = upper_product(centred, by_rows=by_rows)
+        axis = 0 if by_rows else 1
+        probed = centred[:, probes] if by_rows else centred[probes]
+        squares: F64 = torch.mul(probed, probed).sum(axis).numpy()
+        return block.values.numpy(), centred.sum(axis).numpy(), squares
+
+    def _end_shift(self) -> None:
+        """Make one group of those that share a centre."""
+        if self._shifted_count:
+            assert self._shift is not None
+            slot = self._slot()
+            self._counts_np[slot] = self._shifted_count
+            np.divide(self._shifted, self._shifted_count, out=self._residuals_np[slot])
+            np.add(self._shift.numpy(), self._residuals_np[slot], out=self._means_np[slot])
+            self._shifted[:] = 0.0
+            self._shifted_count = 0.0
+        self._shift_left = 0
 
     @property
     def held_bytes(self) -> int:

@@ -901,3 +901,37 @@ def test_a_total_merged_from_many_short_lived_accumulators() -> None:
     batches = [random_rows(1, 30, seed=seed, offset=1e5, dtype=torch.float64) for seed in range(150)]
     parts = [accumulate([batch], 30)[0] for batch in batches]
     assert_exact(merged(parts), torch.cat(batches))
+
+
+# --- groups of narrow layers that share a centre -------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [20, 64, 130])
+@pytest.mark.parametrize("drift", [0.0, 0.05, 0.4, 3.0, 1e4])
+@pytest.mark.parametrize("offset", [0.0, 10.0, 1e4])
+def test_groups_about_a_centre_of_before(features: int, drift: float, offset: float) -> None:
+    # The mean moves by `drift` spreads from group to group: near the shared centre, or too far from it.
+    batches = [random_rows(8192, features, seed=seed, offset=offset + drift * seed) for seed in range(20)]
+    total = HostAccumulator(features, Workspace(CPU))
+    for batch in batches:
+        total.add(batch)
+    if offset <= 10.0 and drift != 0.4:
+        assert (total._shifted_count > 0) == (drift < 0.4)
+    assert_exact(drained(total)[0], torch.cat(batches))
+
+
+@pytest.mark.parametrize("spoilt", ["non-finite", "huge", "cancelling", "two-valued"])
+def test_what_does_not_fit_a_shared_centre_is_seen(spoilt: str) -> None:
+    batches = [random_rows(8192, 40, seed=seed) for seed in range(6)]
+    if spoilt == "non-finite":
+        batches[3][5, 7] = float("nan")
+    elif spoilt == "huge":
+        batches[3][5, 7] = 1e25
+    elif spoilt == "cancelling":
+        batches[3][5, 7], batches[3][6, 7] = 1e25, -1e25
+    else:
+        batches[3:] = [(batch > 0).float() for batch in batches[3:]]
+    result, left_out = accumulate(batches, 40)
+    rows = torch.cat(batches)
+    assert left_out == (spoilt == "non-finite")
+    assert_exact(result, rows[rows.isfinite().all(1)])
