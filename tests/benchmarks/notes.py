@@ -14,7 +14,22 @@ of the last batch. So it does less than its options promise; it is measured as i
 Recorder: all that a forward hook does with a layer's output, against one float32 product XᵀX of the same rows,
 contiguous, into memory that exists. A convolution's rows are its positions; the bare product gets them gathered.
 
+add_saturations(): how long the training thread is held when a window closes, in each of two ranks, which are actors on
+a local Ray with a core each; the store is an actor as well. The other side holds the same moments in float64, reduces
+them by a blocking all_reduce per state (gloo) and decomposes them where it is, as a torchmetrics metric computes; both
+sides have to agree on trace and saturation. Neither waits for a rank that is late, nor for what the other left.
+
+Bytes per window: all buffers and serialised headers that a worker sends for a window, against the packed triangle of
+each layer in the buffers' precision, once per flush.
+
 Published: from add_saturations() until the window's metrics are there, with every scalar that delve computes; "on
 disk", until the Parquet file is written as well. delve's add_saturations() computes and writes its CSV files before it
 returns, in the training thread; ours works on threads of its own, and is waited for here.
+
+max_overhead: steps that are tracked with this share of the time to spend, against untracked ones; each block of steps
+is a window, and the tracker has had some to find its rate.
+
+Steps beside the sender: training steps while the threads of the worker pack and send the window before, against steps
+with nothing to send; both are tracked, the first batch of a window, which makes new accumulators, included. What is
+sent is dropped where it arrives, as a store elsewhere takes no time here.
 """

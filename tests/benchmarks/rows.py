@@ -6,16 +6,25 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 from tests.benchmarks import timing
-from tests.benchmarks.models import Workload
+from tests.benchmarks.closing import RANKS, local_ray, measure_closing
+from tests.benchmarks.models import WORKLOADS, Workload
+from tests.benchmarks.overhead import SHARE, measure_overhead
 from tests.benchmarks.publishing import measure_publishing
 from tests.benchmarks.recording import RecordingCase, measure_recording
-from tests.benchmarks.report import Line, Row, milliseconds
+from tests.benchmarks.report import Line, Row, Unmeasured, milliseconds
+from tests.benchmarks.shipping import FLUSHES, measure_bytes, measure_sharing
 from tests.benchmarks.steps import measure_steps
 from tests.benchmarks.trackers import DELVE_SCALARS
 
 STEP_TARGET = 0.35
 RECORDING_TARGET = 0.9
+CLOSING_TARGET = 0.05
 PUBLISHING_TARGET = 0.25
+OVERHEAD_TARGET = 1.03
+BYTES_TARGET = 1.05
+
+_SHARING_STEPS = 10
+"""Steps of a window while its predecessor is packed and sent."""
 
 
 def step_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
@@ -72,3 +81,82 @@ def publishing_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
             target,
             samples={name: samples[name], "delve": theirs},
         )
+
+
+def closing_rows(options: Namespace) -> Iterator[Line]:
+    """The training thread's time in add_saturations(), with several ranks; one Ray for all workloads."""
+    with local_ray() as ray:
+        for workload in WORKLOADS:
+            samples, shares = measure_closing(ray, workload, options.windows)
+            yield Row(
+                f"add_saturations(), {workload.name}",
+                timing.median(samples["ours"]).value,
+                "all_reduce",
+                timing.median(samples["all_reduce"]).value,
+                timing.ratio(samples["ours"], samples["all_reduce"]),
+                CLOSING_TARGET,
+                f"{RANKS} ranks. The slowest of {len(samples['ours'])} calls took "
+                f"{milliseconds(samples['ours'].max())}. Beside the training, per window and rank: "
+                f"{per_window(shares)}.",
+                samples,
+            )
+
+
+def per_window(shares: dict[str, float]) -> str:
+    """CPU time of our threads in words.
+
+    >>> per_window({"packer": 0.0021, "sender": 0.0004})
+    'packer 2.1 ms and sender 0.4 ms of CPU time'
+    """
+    return " and ".join(f"{name} {milliseconds(seconds)}" for name, seconds in shares.items()) + " of CPU time"
+
+
+def overhead_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
+    """Tracked steps with `max_overhead`, if it is there."""
+    what = f"max_overhead={SHARE}, {workload.name}"
+    try:
+        samples = measure_overhead(workload, options.rounds * options.blocks)
+    except NotImplementedError:
+        yield Unmeasured(what, "not built")
+        return
+    yield Row(
+        what,
+        timing.median(samples["tracked"]).value,
+        "untracked",
+        timing.median(samples["untracked"]).value,
+        timing.ratio(samples["tracked"], samples["untracked"]),
+        OVERHEAD_TARGET,
+        samples=samples,
+    )
+
+
+def bytes_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
+    """Bytes that a window takes on its way to the store."""
+    samples = measure_bytes(workload, 2 if options.quick else 5)
+    yield Row(
+        f"bytes per window, {workload.name}",
+        timing.median(samples["shipped"]).value,
+        "triangles",
+        timing.median(samples["triangles"]).value,
+        timing.ratio(samples["shipped"], samples["triangles"]),
+        BYTES_TARGET,
+        f"{FLUSHES} flushes.",
+        samples,
+        unit="B",
+    )
+
+
+def sharing_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
+    """Steps beside threads that pack and send."""
+    samples, shares = measure_sharing(workload, options.windows, _SHARING_STEPS)
+    gil = shares.pop("GIL")
+    yield Row(
+        f"steps beside the sender, {workload.name}",
+        timing.median(samples["closing"]).value,
+        "none to send",
+        timing.median(samples["never"]).value,
+        timing.ratio(samples["closing"], samples["never"]),
+        note=f"a window is closed every {_SHARING_STEPS} steps, which all cores take part in. Per window, "
+        f"{per_window(shares)}; Python code beside them goes without the interpreter for {milliseconds(gil)}.",
+        samples=samples,
+    )

@@ -20,17 +20,30 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks import report
+from tests.benchmarks.footprint import footprint_section
+from tests.benchmarks.growth import growth_section
 from tests.benchmarks.memory import memory_section
 from tests.benchmarks.models import WORKLOADS
 from tests.benchmarks.notes import NOTES
+from tests.benchmarks.overhead import SHARE
 from tests.benchmarks.recording import CASES
 from tests.benchmarks.report import Line, Section
-from tests.benchmarks.rows import publishing_rows, recording_rows, step_rows
+from tests.benchmarks.rows import (
+    bytes_rows,
+    closing_rows,
+    overhead_rows,
+    publishing_rows,
+    recording_rows,
+    sharing_rows,
+    step_rows,
+)
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 DEFAULTS = {"rounds": (1, 3), "blocks": (3, 10), "samples": (10, 60), "windows": (3, 15)}
 """Amounts with --quick and without."""
+BESIDE = ("MLP", "transformer")
+"""Workloads whose steps are measured beside the sender: the shortest steps, and the most to send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +64,15 @@ def entries() -> list[Entry]:
     return [
         *(Entry(f"extra step time, {w.name}", partial(step_rows, w), anywhere=True) for w in WORKLOADS),
         *(Entry(f"recorder, {case.text}", partial(recording_rows, case), anywhere=True) for case in CASES),
-        *(Entry(f"published, {workload.name}", partial(publishing_rows, workload)) for workload in WORKLOADS),
+        Entry("add_saturations()", closing_rows),
+        *(Entry(f"bytes per window, {w.name}", partial(bytes_rows, w)) for w in WORKLOADS),
         # INTAKE: the rows of intake.py ("bytes per second into the store", target ≥ 0.8, Row(…, at_least=True)).
+        *(Entry(f"published, {w.name}", partial(publishing_rows, w)) for w in WORKLOADS),
+        *(Entry(f"max_overhead={SHARE}, {w.name}", partial(overhead_rows, w)) for w in WORKLOADS),
+        *(Entry(f"steps beside the sender, {w.name}", partial(sharing_rows, w)) for w in WORKLOADS if w.name in BESIDE),
+        Entry("growth", lambda options: [growth_section(min(options.samples, 7))], slow=True),
         Entry("memory of a hook", lambda _: [memory_section()], slow=True),
+        Entry("memory of a worker and a store", lambda _: [footprint_section()], slow=True),
     ]
 
 
