@@ -13,6 +13,7 @@ VENV ?= .venv
 BENCH_VENV ?= .venv-bench
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+PROFILE_ARGS ?=
 
 CONSTRAINTS := .ci/constraints.txt
 # A stamp stands for one installed extra; it is renewed when one of these changes.
@@ -24,7 +25,7 @@ install = echo 'Installing $(2) into $(1) (minutes, the first time)' && \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test test-fast lint bench build clean
+.PHONY: help demo examples test test-fast lint bench profile build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,9 @@ lint: $(VENV)/.stamp-lint ## ruff check, ruff format --check, mypy
 
 bench: $(BENCH_VENV)/.stamp-bench ## measure against delve 0.1.50, in .venv-bench; BENCH_ARGS="…"
 	@$(BENCH_VENV)/bin/python -m tests.benchmarks.run $(BENCH_ARGS)
+
+profile: $(BENCH_VENV)/.stamp-bench ## show where the time of the hooks goes; PROFILE_ARGS="…"
+	@$(BENCH_VENV)/bin/python -m tests.benchmarks.profile $(PROFILE_ARGS)
 
 build: $(VENV)/.stamp-build ## wheel and sdist, into dist/
 	@rm -rf dist

@@ -125,10 +125,10 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def missing(device: str) -> str | None:
     """What the measurements need and this environment lacks, in a sentence."""
-    if importlib.util.find_spec("delve") is None:
-        return "delve 0.1.50 is not installed: `make bench` makes an environment that has it."
     if torch.device(device).type != "cpu" and not torch.cuda.is_available():
         return f"--device {device} needs a GPU that torch can use: torch.cuda.is_available() is False here."
+    if importlib.util.find_spec("delve") is None:
+        return "delve 0.1.50 is not installed: `make bench` makes an environment that has it."
     return None
 
 
