@@ -101,6 +101,7 @@ def test_a_row_has_both_quantities_the_ratio_and_the_target() -> None:
         (Estimate(0.95, 0.92, 1.0), True, "yes"),
         (Estimate(0.5, 0.4, 0.6), True, "no"),
         (Estimate(0.9, 0.9, 0.9), False, "yes"),
+        (Estimate(-3.0, -4.0, 0.2), False, "yes, within noise"),
     ],
 )
 def test_whether_a_target_is_met(ratio: Estimate, at_least: bool, met: str) -> None:

@@ -20,7 +20,7 @@ them by a blocking all_reduce per state (gloo) and decomposes them where it is, 
 sides have to agree on trace and saturation. Neither waits for a rank that is late, nor for what the other left.
 
 Bytes per window: all buffers and serialised headers that a worker sends for a window, against the packed triangle of
-each layer in the buffers' precision, once per flush.
+each layer in the buffers' precision, once per flush: a live one, and the one that closes the window.
 
 Published: from add_saturations() until the window's metrics are there, with every scalar that delve computes; "on
 disk", until the Parquet file is written as well. delve's add_saturations() computes and writes its CSV files before it

@@ -52,7 +52,8 @@ class Row:
         """Whether the target is met, and whether this run can tell."""
         if self.target is None:
             return ""
-        certain = not self.ratio.low <= self.target <= self.ratio.high
+        # No cost is negative: where one seems to be, the run was disturbed by more than it measures.
+        certain = self.ratio.low > 0 and not self.ratio.low <= self.target <= self.ratio.high
         return ("yes" if self.good else "no") + (
             "" if certain or self.ratio.low == self.ratio.high else ", within noise"
         )

@@ -12,7 +12,7 @@ from tests.benchmarks.overhead import SHARE, measure_overhead
 from tests.benchmarks.publishing import measure_publishing
 from tests.benchmarks.recording import RecordingCase, measure_recording
 from tests.benchmarks.report import Line, Row, Unmeasured, milliseconds
-from tests.benchmarks.shipping import FLUSHES, measure_bytes, measure_sharing
+from tests.benchmarks.shipping import measure_bytes, measure_sharing
 from tests.benchmarks.steps import measure_steps
 from tests.benchmarks.trackers import DELVE_SCALARS
 
@@ -140,8 +140,7 @@ def bytes_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
         timing.median(samples["triangles"]).value,
         timing.ratio(samples["shipped"], samples["triangles"]),
         BYTES_TARGET,
-        f"{FLUSHES} flushes.",
-        samples,
+        samples=samples,
         unit="B",
     )
 

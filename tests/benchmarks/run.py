@@ -70,7 +70,7 @@ def entries() -> list[Entry]:
         *(Entry(f"published, {w.name}", partial(publishing_rows, w)) for w in WORKLOADS),
         *(Entry(f"max_overhead={SHARE}, {w.name}", partial(overhead_rows, w)) for w in WORKLOADS),
         *(Entry(f"steps beside the sender, {w.name}", partial(sharing_rows, w)) for w in WORKLOADS if w.name in BESIDE),
-        Entry("growth", lambda options: [growth_section(min(options.samples, 7))], slow=True),
+        Entry("growth", lambda options: [growth_section(min(options.samples, 5))], slow=True),
         Entry("memory of a hook", lambda _: [memory_section()], slow=True),
         Entry("memory of a worker and a store", lambda _: [footprint_section()], slow=True),
     ]

@@ -65,9 +65,9 @@ def stopwatch(device: str) -> Callable[[Callable[[], object]], float]:
 
     def on_device(call: Callable[[], object]) -> float:
         torch.cuda.synchronize(device)
-        begin.record()
+        begin.record(torch.cuda.current_stream(device))
         call()
-        end.record()
+        end.record(torch.cuda.current_stream(device))
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3
 
