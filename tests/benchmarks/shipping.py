@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -103,8 +104,17 @@ def _without_interpreter(tracker: SaturationTracker, trainer: Trainer, number: i
 
 
 def _waited(seconds: float = 0.1) -> float:
-    """Of so many seconds of counting, those in which this thread had no CPU: it waits for the interpreter only."""
-    cpu, start = time.thread_time(), time.perf_counter()
+    """Of so many seconds of counting, those in which this thread slept: it waits for nothing but the interpreter."""
+    ran, start = _on_a_core(), time.perf_counter()
     while time.perf_counter() - start < seconds:
         pass
-    return (time.perf_counter() - start) - (time.thread_time() - cpu)
+    return (time.perf_counter() - start) - (_on_a_core() - ran)
+
+
+def _on_a_core() -> float:
+    """Seconds that this thread ran, or was ready to and others had the cores, where Linux says so."""
+    try:
+        ran, ready, _ = Path("/proc/thread-self/schedstat").read_text(encoding="ascii").split()
+    except OSError:
+        return time.thread_time()
+    return (int(ran) + int(ready)) * 1e-9
