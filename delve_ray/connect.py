@@ -185,6 +185,7 @@ def publication(
             "max_samples": options.max_samples,
             "sample_fraction": options.sample_fraction,
             "seed": options.seed,
+            "max_overhead": options.max_overhead,
             "precision": str(options.precision).removeprefix("torch."),
         },
     )

@@ -58,7 +58,7 @@ def worker_bytes(widths: Sequence[int]) -> int:
     packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together the
     scratch memory of the training thread and that of the packer.
     """
-    total = sum(4 * HostAccumulator.nbytes(features) + 16 * triangle_size(features) for features in widths)
+    total = sum(4 * HostAccumulator.nbytes(features) + 16 * (features + triangle_size(features)) for features in widths)
     scratch = max(
         (
             HostAccumulator.scratch_bytes(features, chunk_rows(features))
@@ -72,4 +72,8 @@ def worker_bytes(widths: Sequence[int]) -> int:
 
 def outbox_bytes(widths: Sequence[int]) -> int:
     """Bytes of packed deltas that stay in memory until they are safe: one of both phases; the rest lies on disk."""
-    return max(MIN_OUTBOX_BYTES, sum(16 * triangle_size(features) for features in widths)) if any(widths) else 0
+    return (
+        max(MIN_OUTBOX_BYTES, sum(16 * (features + triangle_size(features)) for features in widths))
+        if any(widths)
+        else 0
+    )

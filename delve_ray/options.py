@@ -59,6 +59,18 @@ def check_fraction(option: str, value: object) -> float:
     return float(value)
 
 
+def check_overhead(value: object) -> float | None:
+    """Share of the training's time that recording may take; None for all that it takes."""
+    if value is None:
+        return None
+    if isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool) and 0 < value < 1:
+        return float(value)
+    raise OptionError(
+        f"max_overhead={value!r} is no share of the training's time in (0, 1), such as 0.02 for two percent; leave it "
+        f"out to record every forward"
+    )
+
+
 def check_resume(value: object) -> bool | str | None:
     """None, True or False, or a name that all ranks of this attempt share."""
     if value is None or isinstance(value, bool) or (isinstance(value, str) and value):
@@ -116,7 +128,6 @@ def check_unbuilt(options: Mapping[str, Any]) -> None:
         "average_sat": (True, "the mean over layers is always published"),
         "reset_covariance": (True, "every window starts anew"),
         "verbose": (False, "read tracker.metrics(), or the files"),
-        "max_overhead": (None, "use log_interval or sample_fraction to record less"),
         "name": (None, "give a second tracker its own run="),
     }
     for option, (default, instead) in unbuilt.items():

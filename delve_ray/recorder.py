@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from delve_ray import hooks
 from delve_ray.accumulator import Accumulator
+from delve_ray.budget import Budget
 from delve_ray.compiled import modes_are_on, tracing
 from delve_ray.device_accumulator import DeviceAccumulator
 from delve_ray.errors import Unrecordable
@@ -59,6 +60,7 @@ class RecorderOptions:
     max_samples: int | None = None
     sample_fraction: float = 1.0
     seed: int = 0
+    max_overhead: float | None = None
     max_features: int = 8192
     max_memory: int = 8 << 30
 
@@ -83,6 +85,7 @@ class Recorder:
         self._readers = [readers[layer.adapter] for layer in self.layers]
         self._widths: dict[int, int] = {}
         self._sampler = None if options.sample_fraction == 1 else Sampler(options.sample_fraction, options.seed)
+        self._budget = None if options.max_overhead is None else Budget(options.max_overhead, options.seed)
         self._accumulators: Harvest = {}
         self._workspaces: dict[torch.device, Workspace] = {}
         self._forwards: dict[tuple[int, int], int] = {}
@@ -139,12 +142,30 @@ class Recorder:
                 return
             with self.lock, _disable_current_modes() if modes_are_on() else contextlib.nullcontext():
                 if self._due(key):
-                    found = read()
-                    if found is not None:
-                        self._add(key, *found)
-                    self._failures.pop(key, None)
+                    if self._budget is None:
+                        self._read(key, read, 1.0)
+                    else:
+                        self._read_within(self._budget, key, read)
         except Exception as error:  # our mistake or an output we do not know must not stop a training
             self._fail(key, error)
+
+    def _read(self, key: tuple[int, int], read: Callable[[], tuple[Tensor, bool] | None], weight: float) -> None:
+        found = read()
+        if found is not None:
+            self._add(key, *found, weight)
+        self._failures.pop(key, None)
+
+    def _read_within(
+        self, budget: Budget, key: tuple[int, int], read: Callable[[], tuple[Tensor, bool] | None]
+    ) -> None:
+        """Record a forward if the budget chooses it, and tell it the time."""
+        began = budget.clock()
+        weight = budget.weight(key)
+        try:
+            if weight:
+                self._read(key, read, float(weight))
+        finally:
+            budget.spent(key, budget.clock() - began, recorded=weight > 0)
 
     def _due(self, key: tuple[int, int]) -> bool:
         """Count a forward, and say whether `log_interval` and `max_samples` let it be recorded."""
@@ -153,7 +174,7 @@ class Recorder:
         limit = self.options.max_samples
         return forward % self.options.log_interval == 0 and (limit is None or self._offered.get(key, 0) < limit)
 
-    def _add(self, key: tuple[int, int], rows: Tensor, padded: bool) -> None:
+    def _add(self, key: tuple[int, int], rows: Tensor, padded: bool, weight: float) -> None:
         """Leave out what does not count, and add the rest."""
         if not self._has_values(key[0], rows):
             return
@@ -182,7 +203,7 @@ class Recorder:
         offered = self._offered.get(key, 0)
         if limit is not None:
             rows, keep = first_rows(rows, keep, limit - offered)
-        self._accumulator(key, rows).add(rows, keep)
+        self._accumulator(key, rows).add(rows, keep, weight)
         self._offered[key] = offered + rows.numel() // rows.shape[-1]
         self._phases.add(key[1])
 
@@ -304,6 +325,8 @@ class Recorder:
                 self._forwards.clear()
                 self._offered.clear()
                 self._phases.clear()
+                if self._budget is not None:
+                    self._budget.end_window()
         return harvest
 
     def phases(self) -> frozenset[int]:

@@ -27,6 +27,7 @@ from delve_ray.options import (
     check_fraction,
     check_mask_function,
     check_max_samples,
+    check_overhead,
     check_precision,
     check_resume,
     check_rows,
@@ -114,8 +115,12 @@ class SaturationTracker:
             torchrun that is restarted. Windows that the new attempt closes replace those of the same step.
         spill_dir: Local folder for what waits for the store and does not fit `max_memory`; by default one under the
             system's temporary folder.
-        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, max_overhead, name: Understood;
-            whatever differs from today's behaviour raises NotImplementedError.
+        max_overhead: Share of the training's time that the hooks may take, such as 0.02. Forwards are then chosen at
+            random so that this holds, of each layer on its own, and each counts as many times as there were for one
+            that was chosen: no statistic is biased, and `samples` says how many observations stand behind a row. A
+            window has about one forward of each layer at least. What warming up takes is made up for.
+        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, name: Understood; whatever differs from
+            today's behaviour raises NotImplementedError.
 
     Raises:
         OptionError: an option that cannot be used; it names the option, the value and what would be right.
@@ -185,6 +190,7 @@ class SaturationTracker:
             max_samples=check_max_samples(max_samples),
             sample_fraction=check_fraction("sample_fraction", sample_fraction),
             seed=check_integer("seed", seed, at_least=0),
+            max_overhead=check_overhead(max_overhead),
             max_features=check_integer("max_features", max_features, at_least=1),
             max_memory=check_integer("max_memory", max_memory, at_least=1),
         )

@@ -17,6 +17,7 @@ from delve_ray.options import (
     check_fraction,
     check_mask_function,
     check_max_samples,
+    check_overhead,
     check_rows,
     check_unbuilt,
     not_built,
@@ -167,7 +168,6 @@ def test_defaults_pass() -> None:
         ("average_sat", False, "mean"),
         ("reset_covariance", False, "window"),
         ("verbose", True, "tracker.metrics()"),
-        ("max_overhead", 0.02, "log_interval"),
         ("name", "teacher", "run="),
     ],
 )
@@ -183,8 +183,20 @@ def test_each_names_itself_and_the_way_that_exists(option: str, value: object, i
 
 
 def test_the_first_that_is_not_built_is_named_alone() -> None:
-    with pytest.raises(NotImplementedError, match=r"^max_overhead=0.5 is not built yet; [^=]*$"):
-        check_unbuilt(DEFAULTS | {"max_overhead": 0.5, "name": "x"})
+    with pytest.raises(NotImplementedError, match=r"^average_sat=False is not built yet; [^=]*$"):
+        check_unbuilt(DEFAULTS | {"average_sat": False, "name": "x"})
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(None, None), (0.02, 0.02), (np.float32(0.5), 0.5), (1e-9, 1e-9), (0.999, 0.999)]
+)
+def test_a_share_of_the_training_s_time(value: object, expected: float | None) -> None:
+    assert check_overhead(value) == expected
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1, 2, float("nan"), float("inf"), True, "0.02", [0.02]])
+def test_what_is_no_share_of_the_training_s_time(value: object) -> None:
+    assert_refused(lambda: check_overhead(value), f"max_overhead={value!r}", "0.02 for two percent")
 
 
 def test_not_built_is_an_error_to_raise() -> None:

@@ -433,7 +433,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "two layers called 'a.0'",
     ),
     "average_sat": ({"average_sat": False}, NotImplementedError, "average_sat=False"),
-    "max_overhead": ({"max_overhead": 0.02}, NotImplementedError, "max_overhead=0.02"),
+    "max_overhead": ({"max_overhead": 2}, OptionError, "max_overhead=2 .* 0.02 for two percent"),
     "verbose": ({"verbose": True}, NotImplementedError, "verbose=True"),
     "reset": ({"reset_covariance": False}, NotImplementedError, "reset_covariance=False"),
     "max_samples": ({"max_samples": 0}, OptionError, "max_samples=0 must be an integer, at least 1"),
