@@ -10,6 +10,8 @@ The algebra is the one thing that the whole system rests on. For two disjoint se
 so any split of the rows over batches, workers and flushes gives the same covariance. Everything here is
 float64 on the host, numpy only; the accumulation on a device is in `accumulator`.
 
+Where observations are weighted, Σw takes the place of n in all of this: mean = Σwz/Σw, scatter = Σw(z−mean)ᵀ(z−mean).
+
 A scatter is symmetric, so it travels and is stored as its packed upper triangle: row-major, d(d+1)/2 values,
 `[s00, s01, … s0d, s11, … s1d, …]`.
 """
@@ -246,35 +248,43 @@ class PackedTotal:
     """A running total of moments in packed form, for whoever merges many: the store.
 
     Adding moments costs one in-place addition of the triangle. The rank-one terms of the merge formula need
-    only the counts and means of the groups, so these are kept and folded in with one matrix product for every
+    only the weights and means of the groups, so these are kept and folded in with one matrix product for every
     32 groups. Memory: the triangle, 4d² bytes, and at most 33 means. Not thread-safe.
+
+    `n` counts observations, `weight` is the sum of their weights: the covariance is packed/weight.
     """
 
-    __slots__ = ("_counts", "_means", "features", "n", "packed")
+    __slots__ = ("_means", "_weights", "features", "n", "packed", "weight")
 
     def __init__(self, features: int) -> None:
         self.features = features
         self.n = 0
+        self.weight = 0.0
         self.packed = np.zeros(triangle_size(features))
-        self._counts: list[int] = []
+        self._weights: list[float] = []
         self._means: list[F64] = []
 
-    def add(self, n: int, mean: F64, packed: F64) -> None:
-        """Merge the moments (n, mean, packed scatter); the arguments are copied, never kept."""
+    def add(self, n: int, mean: F64, packed: F64, weight: float | None = None) -> None:
+        """Merge the moments (n, mean, packed scatter); the arguments are copied, never kept.
+
+        `weight` is the sum of the observations' weights, which mean and scatter are weighted by; n if it is None.
+        """
         if n == 0:
             return
+        weight = float(n) if weight is None else weight
         self.n += n
+        self.weight += weight
         self.packed += packed
-        self._counts.append(n)
+        self._weights.append(weight)
         self._means.append(mean.copy())
-        if len(self._counts) > _MAX_PENDING:
+        if len(self._weights) > _MAX_PENDING:
             self._fold()
 
     def copy(self) -> PackedTotal:
         """An independent copy, for work outside the lock that guards this one."""
         twin = PackedTotal.__new__(PackedTotal)
-        twin.features, twin.n, twin.packed = self.features, self.n, self.packed.copy()
-        twin._counts, twin._means = list(self._counts), list(self._means)
+        twin.features, twin.n, twin.weight, twin.packed = self.features, self.n, self.weight, self.packed.copy()
+        twin._weights, twin._means = list(self._weights), list(self._means)
         return twin
 
     def result(self) -> tuple[int, F64, F64]:
@@ -284,13 +294,13 @@ class PackedTotal:
         return self.n, mean, self.packed
 
     def _fold(self) -> None:
-        """Σ_k n_k (m_k − m)(m_k − m)ᵀ over the groups k is what the merge formula adds in the end."""
-        if len(self._counts) <= 1:
+        """Σ_k w_k (m_k − m)(m_k − m)ᵀ over the groups k is what the merge formula adds in the end."""
+        if len(self._weights) <= 1:
             return
-        counts = np.array(self._counts, dtype=np.float64)
+        weights = np.array(self._weights, dtype=np.float64)
         means = np.stack(self._means)
-        mean = means[0] + (counts / counts.sum()) @ (means - means[0])
-        scaled = (means - mean) * np.sqrt(counts)[:, None]
+        mean = means[0] + (weights / weights.sum()) @ (means - means[0])
+        scaled = (means - mean) * np.sqrt(weights)[:, None]
         for first, rows, part in row_blocks(self.features, _TRIANGLE_ROWS):
             add_block(self.packed[part], scaled[:, first : first + rows].T @ scaled[:, first:])
-        self._counts, self._means = [self.n], [mean]
+        self._weights, self._means = [self.weight], [mean]

@@ -50,16 +50,19 @@ class Packer:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
         keys = sorted(item.harvest)
         buffer = np.empty(sum(moments_size(item.harvest[key].features) for key in keys))
-        entries = []
+        entries, weights = [], []
         widths: dict[int, int] = {}
         start = 0
         for index, phase in keys:
             features = item.harvest[index, phase].features
             size = moments_size(features)
-            n, nonfinite, _ = item.harvest.pop((index, phase)).drain_into(buffer[start : start + size], self._workspace)
+            n, nonfinite, weight = item.harvest.pop((index, phase)).drain_into(
+                buffer[start : start + size], self._workspace
+            )
             if n or nonfinite:
                 start += size
                 entries.append((index, phase, n, nonfinite))
+                weights.append(weight)
                 if self._layers[index].features is None:
                     widths[index] = features
         self._warn_nonfinite(entries, item)
@@ -75,6 +78,7 @@ class Packer:
             tuple(widths.items()),
             tuple(item.scalars),
             item.complete,
+            () if weights == [n for _, _, n, _ in entries] else tuple(weights),
         )
         # What is kept is what was filled, not what might have been.
         return delta, buffer[:start] if 2 * start > buffer.size else buffer[:start].copy()

@@ -44,8 +44,11 @@ def encode_parcel(
     delta: Delta, buffer: F64, config: StoreConfig, layers: Sequence[LayerInfo], *, first: bool
 ) -> Iterator[bytes | pa.Buffer]:
     """The pieces of a file."""
+    values = asdict(delta) | {"scalars": [scalar_header(scalar) for scalar in delta.scalars]}
+    if not delta.weights:  # as files were before there were weights, which others may still read
+        del values["weights"]
     header = {
-        "delta": asdict(delta) | {"scalars": [scalar_header(scalar) for scalar in delta.scalars]},
+        "delta": values,
         "config": config_header(config),
         "layers": [asdict(layer) for layer in layers],
         "first": first,
@@ -78,6 +81,7 @@ def delta_of(values: Mapping[str, Any]) -> Delta:
             "entries": _tuples(values["entries"]),
             "widths": _tuples(values["widths"]),
             "scalars": tuple(map(scalar_of, values["scalars"])),
+            "weights": tuple(map(float, values.get("weights", ()))),
         }
     )
 

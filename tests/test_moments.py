@@ -307,6 +307,28 @@ def test_a_total_of_any_number_of_groups_is_their_merge(groups: int, offset: flo
         assert covariance_error(result.covariance(), two_pass_covariance(np.concatenate(rows))) < TOLERANCE
 
 
+@pytest.mark.parametrize("groups", [1, 2, 33, 34, 200])
+@pytest.mark.parametrize("offset", [0.0, 1e5])
+def test_a_total_of_weighted_groups_is_that_of_their_weighted_rows(groups: int, offset: float) -> None:
+    rows = [group + offset for group in random_groups([1 + k % 5 for k in range(groups)], 20)]
+    each = np.random.default_rng(1).choice([0.25, 1.0, 3.0, 700.0], groups)
+    total, weights = (
+        PackedTotal(20),
+        np.concatenate([np.full(len(group), w) for group, w in zip(rows, each, strict=True)]),
+    )
+    for group, weight in zip(rows, each, strict=True):
+        part = Moments.from_rows(group)
+        total.add(part.n, part.mean, weight * part.packed(), weight * part.n)
+    values = np.concatenate(rows) - rows[0][0]
+    mean = weights @ values / weights.sum()
+    expected = ((values - mean) * weights[:, None]).T @ (values - mean) / weights.sum()
+    n, found, packed = total.result()
+    assert (n, total.weight) == (len(weights), weights.sum())
+    assert total.copy().weight == total.weight
+    np.testing.assert_allclose(found, mean + rows[0][0], rtol=1e-12, atol=1e-12)
+    assert covariance_error(unpack_triangle(packed / total.weight, 20), expected) < TOLERANCE
+
+
 @pytest.mark.parametrize("features", [1, 127, 128, 129, 300])
 def test_a_total_of_many_features_is_their_merge(features: int) -> None:
     parts = [Moments.from_rows(group) for group in random_groups([4] * 40, features, offset=3.0)]

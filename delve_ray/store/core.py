@@ -202,10 +202,11 @@ class CovarianceStore(WindowStore):
             ends = list(itertools.accumulate(map(moments_size, widths)))
             starts = [0, *ends]
             try:
-                for entry, start, end, (_, _, n, nonfinite) in zip(entries, starts, ends, delta.entries, strict=False):
+                for index, (entry, start, end) in enumerate(zip(entries, starts, ends, strict=False)):
                     if entry is not None:
+                        _, _, n, nonfinite = delta.entries[index]
                         middle = start + entry.features
-                        entry.add(n, nonfinite, buffer[start:middle], buffer[middle:end])
+                        entry.add(n, nonfinite, buffer[start:middle], buffer[middle:end], delta.weight(index))
             except BaseException:  # nothing that is foreseen; but nobody shall wait for it
                 with self._lock:
                     self._merging -= 1
@@ -305,7 +306,7 @@ class CovarianceStore(WindowStore):
         started.
         """
         latest = answers.find_latest(self, layer, phase)
-        return unpack_triangle(latest.packed / max(latest.n, 1), latest.mean.size)
+        return unpack_triangle(latest.packed / (latest.weight or 1.0), latest.mean.size)
 
     def spectrum(self, layer: str, phase: str) -> F64:
         """The eigenvalues of `covariance`, float64, descending."""

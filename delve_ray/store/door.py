@@ -18,6 +18,8 @@ from delve_ray.writers.base import Scalar
 _INT32, _INT64 = 1 << 31, 1 << 63
 MAX_COUNT = 1 << 62
 """Observations of one layer in one window stay below this, so that their sum over two deltas is an int64."""
+MAX_WEIGHT = 2.0**100
+"""Weights stay below this and not under its inverse, so that neither their sums nor quotients leave float64."""
 MAX_NAME = 4096
 """Characters of a scalar's name."""
 
@@ -37,8 +39,8 @@ def check_delta(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]) 
     What comes out of another process may be of any type, and unfinished: nothing of it is called or compared before
     its type is known, and whatever fails all the same is a refusal.
 
-    Checks the types and ranges of the header, the run, the entries (layer, phase, counts, repetitions), the scalars,
-    the buffer (dtype, shape, finite), what makes a scatter one (no negative diagonal; nothing at all without
+    Checks the types and ranges of the header, the run, the entries (layer, phase, counts, weights, repetitions), the
+    scalars, the buffer (dtype, shape, finite), what makes a scatter one (no negative diagonal; nothing at all without
     observations), and last the checksum, which notices a changed bit that all of this lets pass.
     Raises DeltaRefused.
     """
@@ -133,6 +135,8 @@ def _check_header(delta: Delta, run: str) -> None:
             for item in items
         ):
             raise refusal(delta, f"its {name} are no tuples of {length} 64-bit integers")
+    if type(delta.weights) is not tuple or not all(type(weight) is float for weight in delta.weights):
+        raise refusal(delta, "its weights are no tuple of floats")
     if not _is_integer(delta.checksum, 1 << 96):
         raise refusal(delta, "its checksum is no such number")
 
@@ -191,7 +195,18 @@ def _entry_widths(delta: Delta, layers: Sequence[LayerInfo]) -> list[int]:
         if width is None:
             raise refusal(delta, f"it does not say how many features layer {name} has")
         widths.append(width)
+    _check_weights(delta, layers)
     return widths
+
+
+def _check_weights(delta: Delta, layers: Sequence[LayerInfo]) -> None:
+    """Refuse weights that are not one for each entry, or that cannot be the sum of its observations' weights."""
+    if delta.weights and len(delta.weights) != len(delta.entries):
+        raise refusal(delta, f"it has {len(delta.weights)} weights for {len(delta.entries)} entries")
+    for (layer, _, n, _), weight in zip(delta.entries, delta.weights, strict=False):
+        fits = 1 / MAX_WEIGHT <= weight < MAX_WEIGHT if n else weight == 0.0
+        if not fits:  # nor does NaN
+            raise refusal(delta, f"layer {layers[layer].name} has a weight of {weight} for {n} observations")
 
 
 def _check_layer(delta: Delta, layer: int, layers: Sequence[LayerInfo]) -> None:

@@ -113,8 +113,9 @@ class Delta:
     mean (d) and the packed scatter (d(d+1)/2). `window` is the ordinal of the window within the attempt;
     with `closes` the source says that this was its last delta for the window. `step` is the window's label where
     the user gave it (`labelled`), otherwise a guess. `widths` are the (layer index, features) of entries whose
-    layer was registered without. `complete` is False where rows of this window were lost at the source. `checksum`
-    is `fingerprint` of the header and the buffer.
+    layer was registered without. `complete` is False where rows of this window were lost at the source. `weights`
+    holds the total weight of each entry's observations, which its mean and scatter are weighted by; it is empty where
+    every observation has the weight 1. `checksum` is `fingerprint` of the header and the buffer.
     """
 
     source: Source
@@ -128,7 +129,12 @@ class Delta:
     widths: tuple[tuple[int, int], ...] = ()
     scalars: tuple[Scalar, ...] = ()
     complete: bool = True
+    weights: tuple[float, ...] = field(default=(), repr=False)  # `fingerprint` says why
     checksum: int = 0
+
+    def weight(self, index: int) -> float:
+        """Total weight of an entry's observations."""
+        return self.weights[index] if self.weights else float(self.entries[index][2])
 
     def sealed(self, buffer: F64) -> Delta:
         """The same header with its checksum."""
@@ -139,10 +145,12 @@ def fingerprint(delta: Delta, buffer: F64) -> int:
     """A checksum of a delta's header and moments, by which a changed bit is noticed.
 
     The sum of the moments' words modulo 2^64, at memory's speed (a CRC would take longer than the merge), and the
-    CRC-32 of the header.
+    CRC-32 of the header. Weights are in it where there are some: without, it is that of files from before there were
+    weights, which are still to be merged.
     """
     words = int(np.add.reduce(np.ascontiguousarray(buffer, np.float64).view(np.uint64)))
-    return words << 32 | zlib.crc32(repr(replace(delta, checksum=0)).encode())
+    header = repr(replace(delta, checksum=0)) + (repr(delta.weights) if delta.weights else "")
+    return words << 32 | zlib.crc32(header.encode())
 
 
 @dataclass(frozen=True, slots=True)

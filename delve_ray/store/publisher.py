@@ -28,10 +28,14 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """The last published moments of a layer and phase; the packed scatter is float64, d(d+1)/2."""
+    """The last published moments of a layer and phase; the packed scatter is float64, d(d+1)/2.
+
+    The covariance is the packed scatter over `weight`, which is `n` where nothing was sampled.
+    """
 
     step: int
     n: int
+    weight: float
     mean: F64
     packed: F64
 
@@ -199,7 +203,7 @@ class Publisher:
                 self.problem(f"layer {self.layers[index].name}, step {job.step}: {type(error).__name__}: {error}")
                 continue
             with self._changed:
-                self._latest[index, phase] = Latest(job.step, found.n, found.mean, found.packed)
+                self._latest[index, phase] = Latest(job.step, found.n, found.weight, found.mean, found.packed)
         window = PublishedWindow(
             run=self.config.run,
             attempt=job.attempt,

@@ -15,7 +15,7 @@ def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfi
     With no observations (all rows were non-finite) the spectrum is zero.
     """
     n, mean = found.n, found.mean
-    covariance = found.packed / max(n, 1)
+    covariance = found.packed / (found.weight or 1.0)
     matrix = unpack_triangle(covariance, mean.size, symmetric=False)
     eigenvalues = spectrum.eigenvalues(matrix)
     statistics = spectrum.statistics(

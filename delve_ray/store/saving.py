@@ -51,7 +51,7 @@ class Saved(Protocol):
     def freeze(self) -> Frozen:
         """A consistent cut through the state."""
 
-    def parkable(self) -> Sequence[tuple[Any, int, list[list[int]], list[Cut]]]:
+    def parkable(self) -> Sequence[tuple[Any, int, list[list[float]], list[Cut]]]:
         """Windows to park: a handle, its version, and what of its entries goes into the file."""
 
     def parked(self, handle: Any, version: int, name: str) -> None:

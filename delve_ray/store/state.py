@@ -71,24 +71,31 @@ def cut_arrays(cuts: Iterable[Cut]) -> Iterator[F64]:
         yield collected.packed
 
 
-def freeze_window(window: Window) -> tuple[list[list[int]], list[Cut]]:
-    """What is said of a window's entries in a header, and a cut of each."""
-    index, cuts = [], []
+def freeze_window(window: Window) -> tuple[list[list[float]], list[Cut]]:
+    """What is said of a window's entries in a header, and a cut of each.
+
+    Layer, phase, features, observations and non-finite rows, and their weight where it is another number than that of
+    the observations.
+    """
+    index: list[list[float]] = []
+    cuts = []
     for (layer, phase), entry in sorted(window.entries.items(), key=lambda item: item[0]):
         cut = entry.freeze()
-        index.append([layer, phase, entry.features, cut.n, cut.nonfinite])
+        weight = [] if cut.weight == cut.n else [cut.weight]
+        index.append([layer, phase, entry.features, cut.n, cut.nonfinite, *weight])
         cuts.append(cut)
     return index, cuts
 
 
-def window_entries(index: Iterable[Sequence[int]], arrays: Iterator[F64], where: str) -> dict[tuple[int, int], Entry]:
+def window_entries(index: Iterable[Sequence[Any]], arrays: Iterator[F64], where: str) -> dict[tuple[int, int], Entry]:
     """The entries of a window out of a frame. Raises ReadError where header and arrays do not fit."""
     entries = {}
-    for layer, phase, features, n, nonfinite in index:
+    for layer, phase, features, n, nonfinite, *rest in index:
+        (weight,) = rest or (float(n),)
         mean, packed = next(arrays, None), next(arrays, None)
         if mean is None or packed is None or mean.size != features or packed.size != triangle_size(features):
             raise ReadError(f"{where} is damaged: its arrays are not those that its header lists")
-        entries[layer, phase] = Entry(features, Collected(n, nonfinite, np.array(mean), np.array(packed)))
+        entries[layer, phase] = Entry(features, Collected(n, nonfinite, np.array(mean), np.array(packed), weight))
     return entries
 
 

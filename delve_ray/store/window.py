@@ -12,12 +12,13 @@ from delve_ray.moments import F64, PackedTotal, triangle_size
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """Moments that nobody changes any more: observations, non-finite rows, mean, packed scatter."""
+    """Moments that nobody changes any more: observations, non-finite rows, mean, packed scatter, total weight."""
 
     n: int
     nonfinite: int
     mean: F64
     packed: F64
+    weight: float
 
 
 class Entry:
@@ -42,7 +43,7 @@ class Entry:
         self._collecting = threading.Lock()
         if collected is not None:
             self.reserve()
-            self.add(collected.n, collected.nonfinite, collected.mean, collected.packed)
+            self.add(collected.n, collected.nonfinite, collected.mean, collected.packed, collected.weight)
 
     @property
     def nbytes(self) -> int:
@@ -57,12 +58,12 @@ class Entry:
             if self._active is None:
                 self._active = PackedTotal(self.features), 0
 
-    def add(self, n: int, nonfinite: int, mean: F64, packed: F64) -> None:
-        """Merge a delta's moments."""
+    def add(self, n: int, nonfinite: int, mean: F64, packed: F64, weight: float) -> None:
+        """Merge a delta's moments; `weight` is that of its n observations together."""
         with self._merging:
             with self._lock:
                 total, before = self._active or (PackedTotal(self.features), 0)
-            total.add(n, mean, packed)
+            total.add(n, mean, packed, weight)
             with self._lock:
                 self._active = total, before + nonfinite
                 self.n += n
@@ -80,20 +81,20 @@ class Entry:
         """Merge what a cut has; nothing ever changes the result."""
         with self._collecting:
             if not parts:
-                return Collected(0, 0, np.zeros(self.features), np.zeros(triangle_size(self.features)))
+                return Collected(0, 0, np.zeros(self.features), np.zeros(triangle_size(self.features)), 0.0)
             total, nonfinite = parts[0]
             total.result()  # folds; from now on nothing writes into this total
             if len(parts) > 1:
                 total = total.copy()
                 for other, more in parts[1:]:
-                    total.add(*other.result())
+                    total.add(*other.result(), other.weight)
                     nonfinite += more
                 total.result()
                 with self._lock:
                     if tuple(self._frozen[: len(parts)]) == parts:
                         self._frozen[: len(parts)] = [(total, nonfinite)]
             n, mean, packed = total.result()
-            return Collected(n, nonfinite, mean, packed)
+            return Collected(n, nonfinite, mean, packed, total.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ class Cut:
     def n(self) -> int:
         """Observations."""
         return sum(total.n for total, _ in self.parts)
+
+    @property
+    def weight(self) -> float:
+        """Total weight of the observations."""
+        return sum((total.weight for total, _ in self.parts), 0.0)
 
     @property
     def nonfinite(self) -> int:

@@ -313,7 +313,7 @@ class WindowStore:
             finally:
                 self._release()
 
-    def parkable(self) -> list[tuple[Window, int, list[list[int]], list[Cut]]]:
+    def parkable(self) -> list[tuple[Window, int, list[list[float]], list[Cut]]]:
         """Windows that are published and written, and wait for a late rank."""
         with self._lock:
             self._hold()

@@ -178,6 +178,17 @@ def wrong_entries(rng: random.Random) -> Made:
     )
 
 
+def wrong_weights(rng: random.Random) -> Made:
+    """Weights that are none, or not one for each entry, or of no observations."""
+    good = tuple(float(n) for _, _, n, _ in GOOD.entries)
+    none = (0.0, -0.0, -1.0, float("nan"), float("inf"), 2.0**100, 1e308, 5e-324, 2, True, None, np.float64(2))
+    place = rng.randrange(len(good))
+    one_bad = (*good[:place], rng.choice(none), *good[place + 1 :])
+    several = (one_bad, good[1:], (*good, 1.0), list(good), [], np.array(good), Hostile(), (Hostile(),) * 3)
+    empty = changed(np.zeros(9), entries=((0, 0, 0, 4),), widths=(), weights=(1.0,))
+    return empty if rng.random() < 0.1 else changed(weights=rng.choice(several))
+
+
 def another_source(rng: random.Random) -> Made:
     name = rng.choice(("run", "token", "rank", "source", "host", "pid"))
     values = ("", "other", "x" * MAX_NAME, "x" * (MAX_NAME + 1), "\ud800", "r\x00", "../r")
@@ -246,7 +257,7 @@ def repeated(rng: random.Random) -> Made:
 
 
 BROKEN = [flipped_bits, wrong_length, wrong_array, wrong_moments, wrong_entries, wrong_type, wrong_scalar, unfinished]
-MALFORMED = [*BROKEN, another_source, wrong_place, no_delta, repeated]
+MALFORMED = [*BROKEN, wrong_weights, another_source, wrong_place, no_delta, repeated]
 
 
 def outcome(take: Callable[[Any, Any], Ack], delta: Any, buffer: Any) -> str:

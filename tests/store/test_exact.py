@@ -41,7 +41,7 @@ class Rank:
             total.add(batch)
         self.batches = []
         buffer = np.empty(moments_size(self.features))
-        n, nonfinite = total.drain_into(buffer)
+        n, nonfinite, _ = total.drain_into(buffer)
         entries = ((0, 0, n, nonfinite),) if n else ()
         delta = Delta(self.source, 0, self.seq, 0, 0, closes, closes, entries)
         moments = buffer if n else buffer[:0]

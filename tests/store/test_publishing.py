@@ -22,7 +22,7 @@ def row_of(rows: F64, **options: Any) -> LayerRow:
     threshold = options.get("thresholds", (0.99,))[0]
     config = StoreConfig(run="r", savefile="/nowhere", world_size=1, threshold=threshold, **options)
     layer = LayerInfo("fc", "Linear", moments.features)
-    return layer_row(layer, "train", Collected(moments.n, 3, moments.mean, moments.packed()), config)
+    return layer_row(layer, "train", Collected(moments.n, 3, moments.mean, moments.packed(), float(moments.n)), config)
 
 
 def test_every_threshold_has_its_dimension_from_the_one_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
