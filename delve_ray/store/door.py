@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from delve_ray.errors import DeltaRefused
-from delve_ray.moments import F64, packed_diagonal
+from delve_ray.moments import F64, diagonal_places
 from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Delta, Held, LayerInfo, Source, fingerprint, moments_size
+from delve_ray.store.protocol import Delta, Held, LayerInfo, Source, checksum, moments_size
+from delve_ray.store.scanning import scan
 from delve_ray.writers.base import Scalar
 
 _INT32, _INT64 = 1 << 31, 1 << 63
@@ -56,6 +59,16 @@ def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo
     if type(buffer) is not np.ndarray or buffer.dtype != np.float64 or buffer.shape != (expected,):
         found = f"{buffer.dtype} of shape {buffer.shape}" if type(buffer) is np.ndarray else type(buffer).__name__
         raise refusal(delta, f"its buffer is {found}, its entries need float64 of shape ({expected},)")
+    words, finite = scan(buffer)
+    if not finite or any(n == 0 for _, _, n, _ in delta.entries) or (buffer[_diagonals(tuple(widths))] < 0).any():
+        _check_moments(delta, buffer, widths, layers)
+    if delta.checksum != checksum(delta, words):
+        raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
+    return widths
+
+
+def _check_moments(delta: Delta, buffer: F64, widths: Sequence[int], layers: Sequence[LayerInfo]) -> None:
+    """Name the layer whose moments cannot be, if there is one."""
     start = 0
     for (layer, phase, n, _), features in zip(delta.entries, widths, strict=True):
         moments = buffer[start : start + moments_size(features)]
@@ -65,11 +78,18 @@ def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo
             raise refusal(delta, f"{where} has non-finite moments")
         if n == 0 and moments.any():
             raise refusal(delta, f"{where} has moments without observations")
-        if (packed_diagonal(moments[features:], features) < 0).any():
+        if (moments[features + diagonal_places(features)] < 0).any():
             raise refusal(delta, f"{where} has a scatter with a negative diagonal")
-    if delta.checksum != fingerprint(delta, buffer):
-        raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
-    return widths
+
+
+@lru_cache(maxsize=8)
+def _diagonals(widths: tuple[int, ...]) -> npt.NDArray[np.intp]:
+    """Where the diagonals of all scatters lie in a delta's buffer; a run has few combinations of layers."""
+    places, start = [np.empty(0, np.intp)], 0
+    for features in widths:
+        places.append(start + features + diagonal_places(features))
+        start += moments_size(features)
+    return np.concatenate(places)
 
 
 def _is_integer(value: Any, below: int, at_least: int = 0) -> bool:

@@ -13,6 +13,7 @@ from delve_ray.checks import check_integer, check_name, check_seconds
 from delve_ray.errors import OptionError
 from delve_ray.moments import F64, triangle_size
 from delve_ray.stat_options import check_threshold, check_thresholds, resolve_stats
+from delve_ray.store.scanning import word_sum
 from delve_ray.writers import check_save_to
 from delve_ray.writers.base import Scalar
 
@@ -144,11 +145,17 @@ class Delta:
 def fingerprint(delta: Delta, buffer: F64) -> int:
     """A checksum of a delta's header and moments, by which a changed bit is noticed.
 
-    The sum of the moments' words modulo 2^64, at memory's speed (a CRC would take longer than the merge), and the
-    CRC-32 of the header. Weights are in it where there are some: without, it is that of files from before there were
-    weights, which are still to be merged.
+    The sum of the moments' words modulo 2^64 and the CRC-32 of the header, see `checksum`.
     """
-    words = int(np.add.reduce(np.ascontiguousarray(buffer, np.float64).view(np.uint64)))
+    return checksum(delta, word_sum(buffer))
+
+
+def checksum(delta: Delta, words: int) -> int:
+    """`fingerprint` where the sum of the words is known.
+
+    Weights are in it where there are some: without, it is that of files from before there were weights, which are
+    still to be merged.
+    """
     header = repr(replace(delta, checksum=0)) + (repr(delta.weights) if delta.weights else "")
     return words << 32 | zlib.crc32(header.encode())
 

@@ -1,0 +1,54 @@
+"""What the door asks of a delta's numbers: the sum of their words, and whether all are finite, in as few passes as can
+be and without temporaries.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from delve_ray.moments import F64
+
+PIECE = 1 << 16
+"""Values that are read twice in a row, 512 KiB: the second time from the core's own cache."""
+RUN = 1 << 13
+"""Values of one dot product. Of more than 10,000 OpenBLAS would make a job for threads of its own, which waits for
+whichever of them gets no core."""
+
+
+def word_sum(buffer: F64) -> int:
+    """The sum of the numbers' words modulo 2^64, at memory's speed (a CRC would take longer than the merge)."""
+    return int(np.add.reduce(np.ascontiguousarray(buffer, np.float64).view(np.uint64)))
+
+
+def scan(buffer: F64) -> tuple[int, bool]:
+    """`word_sum`, and whether all numbers are finite.
+
+    One thread: two were no faster in front of a merge that already takes what the memory gives, and the cores beside
+    this one are the senders'.
+
+    >>> scan(np.array([1.0, float("nan")]))[1], scan(np.array([1.0, 1e300]))[1]
+    (False, True)
+    """
+    values = np.ascontiguousarray(buffer, np.float64)
+    words, finite = 0, True
+    with np.errstate(all="ignore"):
+        for start in range(0, values.size, PIECE):
+            piece = values[start : start + PIECE]
+            words += word_sum(piece)
+            finite = finite and _finite(piece)
+    return words % (1 << 64), finite
+
+
+def _finite(piece: F64) -> bool:
+    """Whether all values are finite.
+
+    A sum of squares is NaN or inf as soon as one of them is, and a dot product forms it faster than every value can be
+    looked at. Where it is not finite, squares may have left float64, and every value is looked at.
+    """
+    whole = piece.size - piece.size % RUN
+    rows = piece[:whole].reshape(-1, RUN)
+    squares = np.matmul(rows[:, None, :], rows[:, :, None])
+    rest = piece[whole:]
+    if np.isfinite(squares).all() and np.isfinite(np.dot(rest, rest)):
+        return True
+    return bool(np.isfinite(piece).all())
