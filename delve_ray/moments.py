@@ -103,8 +103,10 @@ def pack_triangle(matrix: F64) -> F64:
     return packed
 
 
-def unpack_triangle(packed: npt.ArrayLike, features: int, *, symmetric: bool = True) -> F64:
-    """The d×d matrix of a packed upper triangle, float64.
+def unpack_triangle(
+    packed: npt.ArrayLike, features: int, *, symmetric: bool = True, divisor: float | None = None
+) -> F64:
+    """The d×d matrix of a packed upper triangle, float64, over `divisor` if there is one.
 
     With `symmetric=False` the lower triangle is zero, which is enough for a decomposition of the upper one.
     Raises ValueError when the length is not d(d+1)/2.
@@ -121,7 +123,8 @@ def unpack_triangle(packed: npt.ArrayLike, features: int, *, symmetric: bool = T
     matrix = np.zeros((features, features))
     for first, rows, part in row_blocks(features, _TRIANGLE_ROWS):
         block = matrix[first : first + rows, first:]
-        block[_upper_mask(*block.shape)] = values[part]
+        # Divided while it lies in the cache, and without a quotient of the whole.
+        block[_upper_mask(*block.shape)] = values[part] if divisor is None else values[part] / divisor
     if symmetric:
         for first, rows, _ in row_blocks(features, _TRIANGLE_ROWS):
             last = first + rows

@@ -120,6 +120,14 @@ def test_a_triangle_of_another_length_is_refused_in_words(length: int) -> None:
         unpack_triangle(np.zeros(length), 3)
 
 
+@pytest.mark.parametrize("features", [1, 5, 128, 300])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_divisor_divides_each_value_once(features: int, symmetric: bool) -> None:
+    packed = np.random.default_rng(features).normal(size=triangle_size(features))
+    found = unpack_triangle(packed, features, symmetric=symmetric, divisor=3.0)
+    np.testing.assert_array_equal(found, unpack_triangle(packed / 3.0, features, symmetric=symmetric))
+
+
 def test_a_scatter_that_is_not_square_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         pack_triangle(np.zeros((2, 3)))

@@ -49,6 +49,8 @@ PLACE_BYTES = 1 << 20
 one that asks for something goes to the node that it names as long as that lives."""
 INLINE_BYTES = 64 << 10
 """Buffers below this travel with the call; Ray puts arguments of more than 100 KB into its object store anyway."""
+MOST_CORES = 9
+"""Cores that a store uses at most, one of them for what comes in: workers that it serves may be on the same node."""
 READY_TIMEOUT_S = 10.0
 """How long a call waits for a store that is being restored, before the caller is told to ask again."""
 FINISH_TIMEOUT_S = 3600.0
@@ -65,7 +67,10 @@ class StoreActor:
 
     def __init__(self, config: StoreConfig) -> None:
         saver = Saver(Storage(config.savefile), config.snapshot_every) if has_snapshots(config) else None
-        self._core = CovarianceStore(config, saver=saver, finish_timeout=FINISH_TIMEOUT_S)
+        # Ray gives an actor that asks for no CPU a BLAS of one thread, so that threads of ours are not threads of its.
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = min(cores, MOST_CORES)
+        self._core = CovarianceStore(config, saver=saver, finish_timeout=FINISH_TIMEOUT_S, cores=cores)
         self._ready = threading.Event()
         self._problem = "the store is being restored"
         if saver is not None and _was_restarted():

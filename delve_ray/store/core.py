@@ -4,7 +4,8 @@ Deltas are merged under a lock per layer; the bookkeeping is under one lock, see
 
 Memory: 4d² bytes per layer and phase of each open window, twice that while it is published live or saved, and 4d²
 more for the last published window, which answers `covariance` and `spectrum`. A window that waits for a late rank lies
-in a file.
+in a file. Of each layer that is being decomposed, 24d² bytes: one, or as many as `publisher.DECOMPOSING_BYTES` has room
+for where the store has cores to itself.
 """
 
 from __future__ import annotations
@@ -306,7 +307,7 @@ class CovarianceStore(WindowStore):
         started.
         """
         latest = answers.find_latest(self, layer, phase)
-        return unpack_triangle(latest.packed / (latest.weight or 1.0), latest.mean.size)
+        return unpack_triangle(latest.packed, latest.mean.size, divisor=latest.weight or 1.0)
 
     def spectrum(self, layer: str, phase: str) -> F64:
         """The eigenvalues of `covariance`, float64, descending."""

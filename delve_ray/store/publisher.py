@@ -1,4 +1,9 @@
-"""The publisher: a thread that turns windows into rows, hands them to the writers and keeps the latest answers."""
+"""The publisher: a thread that turns windows into rows, hands them to the writers and keeps the latest answers.
+
+Decompositions are what takes its time. They are without vectors, the widest first, and shared with a few threads where
+the store has cores to itself: LAPACK releases the GIL. A layer that has got nothing since it was last published, live
+or final, is not decomposed again.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +19,10 @@ from typing import Protocol
 
 from delve_ray.moments import F64
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
+from delve_ray.store.crew import Crew
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import layer_row
-from delve_ray.store.window import Job, Window
+from delve_ray.store.publishing import entry_row
+from delve_ray.store.window import Entry, Job, Window
 from delve_ray.store.writing import WriterThread
 from delve_ray.writers.base import Scalar, Writer
 
@@ -24,6 +30,10 @@ log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 """How often the publisher looks for live windows and for silence when nothing is submitted."""
+DECOMPOSING_BYTES = 2 << 30
+"""Memory of the decompositions that run side by side: as many as have room for a layer of the widest kind each."""
+_BYTES_PER_ENTRY = 24
+"""Of a matrix that is decomposed, per value: itself, LAPACK's copy of it, and what its statistics take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +104,14 @@ class Publisher:
         writers: Sequence[Writer],
         owner: Owner,
         finish_timeout: float,
+        cores: int = 1,
     ) -> None:
         self.config = config
         self.layers = list(layers)
         self.writers = [WriterThread(writer) for writer in writers]
         self.finished = threading.Event()
         self._owner = owner
+        self._crew = Crew(cores - 1, "delve_ray-spectrum")  # the other core is for what comes in
         self._finish_timeout = finish_timeout
         self._jobs: deque[Job] = deque()
         self._pending = 0
@@ -193,17 +205,8 @@ class Publisher:
             self.finished.set()
 
     def _publish(self, job: Job) -> None:
-        rows: list[LayerRow] = []
         self._owner.unpark(job.window)
-        for (index, phase), entry in sorted(job.window.entries.copy().items(), key=lambda item: item[0]):
-            try:
-                found = entry.freeze().collect()
-                rows.append(layer_row(self.layers[index], PHASES[phase], found, self.config))
-            except Exception as error:  # one layer's decomposition must not cost the others their rows
-                self.problem(f"layer {self.layers[index].name}, step {job.step}: {type(error).__name__}: {error}")
-                continue
-            with self._changed:
-                self._latest[index, phase] = Latest(job.step, found.n, found.weight, found.mean, found.packed)
+        rows = self._rows(job.step, job.window.entries.copy())
         window = PublishedWindow(
             run=self.config.run,
             attempt=job.attempt,
@@ -224,6 +227,30 @@ class Publisher:
         done = _Countdown(len(self.writers), partial(self._owner.written, job)) if job.final else None
         for writer in self.writers:
             writer.write(window, done)
+
+    def _rows(self, step: int, entries: Mapping[tuple[int, int], Entry]) -> list[LayerRow]:
+        """A window's rows, in the order of the layers; the widest are decomposed first, several at a time."""
+        widest_first = sorted(entries, key=lambda key: (-entries[key].features, key))
+        largest = max((entry.features for entry in entries.values()), default=1)
+        found = self._crew.run(
+            [partial(self._row, step, key, entries[key]) for key in widest_first],
+            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2)),
+        )
+        rows = dict(zip(widest_first, found, strict=True))
+        return [row for key in sorted(rows) if (row := rows[key]) is not None]
+
+    def _row(self, step: int, key: tuple[int, int], entry: Entry) -> LayerRow | None:
+        """The row of one layer; an error costs that one alone."""
+        index, phase = key
+        try:
+            found = entry.freeze().collect()
+            row = entry_row(entry, found, self.layers[index], PHASES[phase], self.config)
+        except Exception as error:
+            self.problem(f"layer {self.layers[index].name}, step {step}: {type(error).__name__}: {error}")
+            return None
+        with self._changed:
+            self._latest[key] = Latest(step, found.n, found.weight, found.mean, found.packed)
+        return row
 
     def _announce(self, rows: list[LayerRow]) -> None:
         """Make a final window's metrics the latest; phases without rows keep theirs."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from delve_ray import spectrum
 from delve_ray.moments import packed_diagonal, unpack_triangle
 from delve_ray.schema import LayerRow
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.window import Collected
+from delve_ray.store.window import Collected, Entry
 
 
 def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfig) -> LayerRow:
@@ -15,12 +17,12 @@ def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfi
     With no observations (all rows were non-finite) the spectrum is zero.
     """
     n, mean = found.n, found.mean
-    covariance = found.packed / (found.weight or 1.0)
-    matrix = unpack_triangle(covariance, mean.size, symmetric=False)
+    weight = found.weight or 1.0
+    matrix = unpack_triangle(found.packed, mean.size, symmetric=False, divisor=weight)
     eigenvalues = spectrum.eigenvalues(matrix)
     statistics = spectrum.statistics(
         eigenvalues,
-        trace=float(packed_diagonal(covariance, mean.size).sum()),
+        trace=float((packed_diagonal(found.packed, mean.size) / weight).sum()),
         samples=n,
         threshold=config.threshold,
         thresholds=config.thresholds,
@@ -40,10 +42,23 @@ def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfi
         stats=statistics.values,
         eigenvalues=eigenvalues,
         mean=mean.copy(),
-        covariance=covariance if "cov" in config.stats else None,
+        covariance=found.packed / weight if "cov" in config.stats else None,
         alpha_r2=statistics.alpha_r2,
         alpha_from=statistics.alpha_from,
         alpha_to=statistics.alpha_to,
         thresholds=config.thresholds,
         intrinsic_dimensionalities=statistics.intrinsic_dimensionalities,
     )
+
+
+def entry_row(entry: Entry, found: Collected, layer: LayerInfo, phase: str, config: StoreConfig) -> LayerRow:
+    """`layer_row`, or the row of the entry's last publication if nothing has been merged since.
+
+    What is kept on the entry is small: of the covariance, no copy.
+    """
+    if entry.row is not None and entry.row[0] is found.packed:  # a collected triangle never changes
+        row = entry.row[1]
+        return replace(row, covariance=found.packed / (found.weight or 1.0)) if "cov" in config.stats else row
+    row = layer_row(layer, phase, found, config)
+    entry.row = found.packed, replace(row, covariance=None)
+    return row

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from delve_ray.moments import F64, PackedTotal, triangle_size
+from delve_ray.schema import LayerRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,17 @@ class Entry:
     begins a new one; a cut merges what was set aside, outside of the lock that deltas need. So whoever publishes or
     saves holds up nobody, and what it holds never changes. Memory: 4d² bytes, and 4d² more while there is an active
     total beside what was set aside.
+
+    `row` is the publisher's: the last row, and the triangle that it was made of.
     """
 
-    __slots__ = ("_active", "_collecting", "_frozen", "_lock", "_merging", "features", "n", "nonfinite")
+    __slots__ = ("_active", "_collecting", "_frozen", "_lock", "_merging", "features", "n", "nonfinite", "row")
 
     def __init__(self, features: int, collected: Collected | None = None) -> None:
         self.features = features
         self.n = 0
         self.nonfinite = 0
+        self.row: tuple[F64, LayerRow] | None = None
         self._active: tuple[PackedTotal, int] | None = None
         self._frozen: list[tuple[PackedTotal, int]] = []
         self._lock = threading.Lock()  # never held while anything is merged

@@ -39,7 +39,10 @@ FINISH_TIMEOUT_S = 60.0
 
 
 class WindowStore:
-    """The state of a run's store and its windows; `CovarianceStore` adds the workers, their deltas and the answers."""
+    """The state of a run's store and its windows; `CovarianceStore` adds the workers, their deltas and the answers.
+
+    `cores` is how many cores it may use. In the process of a training loop that is one: the others are the loop's.
+    """
 
     def __init__(
         self,
@@ -48,8 +51,10 @@ class WindowStore:
         writers: Sequence[Writer] | None = None,
         saver: Saver | None = None,
         finish_timeout: float = FINISH_TIMEOUT_S,
+        cores: int = 1,
     ) -> None:
         self.config = config
+        self._cores = cores
         self.layers: list[LayerInfo] = []
         self.attempts: list[Attempt] = []  # the current one last, and the one before it
         self.tokens: list[str | None] = []  # of all attempts, by number; None of one that nobody knows
@@ -80,7 +85,7 @@ class WindowStore:
             state = (self.saver or Saver(Storage(config.savefile), 0.0)).load()
             state = None if state is None else state.closed()
         self.config, self.layers, self._run_file = config, list(layers), run_file
-        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout)
+        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout, self._cores)
         if config.resume and config.save_to:
             self._on_disk = revisions(Storage(config.savefile))
         if state is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import pytest
 from delve_ray import spectrum
 from delve_ray.moments import Moments
 from delve_ray.schema import ALWAYS, EXTRA_STATS, F64, SCALAR_STATS, LayerRow
-from delve_ray.store.protocol import LayerInfo, StoreConfig
+from delve_ray.store import publisher
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.protocol import Delta, LayerInfo, Source, StoreConfig
 from delve_ray.store.publishing import layer_row
 from delve_ray.store.window import Collected
+from tests.stores import Keeper, until
 
 ROWS = np.random.default_rng(3).normal(size=(60, 8)) * np.array([1e3, 1, 1, 1, 1, 1, 1, 1]) + 2.0
 
@@ -75,3 +80,150 @@ def test_a_window_of_non_finite_rows_alone_has_a_row(features: int) -> None:
     assert (row.samples, row.nonfinite_rows, row.samples_per_feature, row.undersampled) == (0, 3, 0.0, True)
     assert list(row.intrinsic_dimensionalities) == [0, 0]
     assert all(row.stats[name] == 0 for name in (*ALWAYS, *EXTRA_STATS))
+
+
+# --- a window's layers ---------------------------------------------------------------------------------
+
+WIDTHS = (4, 9, 2, 9, 6)
+
+
+class Decompositions:
+    """Counts what is decomposed, by width, in the order in which it begins; fails for one width if asked to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fail: int | None = None) -> None:
+        self.widths: list[int] = []
+        self.running = self.most = 0
+        self._lock, self._fail, self._original = threading.Lock(), fail, spectrum.eigenvalues
+        monkeypatch.setattr(spectrum, "eigenvalues", self)
+
+    def __call__(self, matrix: F64) -> F64:
+        with self._lock:
+            self.widths.append(len(matrix))
+            self.running += 1
+            self.most = max(self.most, self.running)
+        time.sleep(0.01)
+        with self._lock:
+            self.running -= 1
+        if len(matrix) == self._fail:
+            raise MemoryError("no room for this one")
+        return self._original(matrix)
+
+    def since(self) -> list[int]:
+        """What has been decomposed since the last call."""
+        found, self.widths = self.widths, []
+        return found
+
+
+class Sending:
+    """A store of one worker, and the rows that it has sent of each layer."""
+
+    def __init__(self, **options: Any) -> None:
+        self.keeper = Keeper()
+        config = StoreConfig("r", "/nowhere", 1, stats=("trace", "cov"), publish_every=0.0, silent_after=0.0)
+        self.store = CovarianceStore(config, writers=[self.keeper], **options)
+        self.source, self.seq = Source("r", "", 0, "s", "host", 1), 0
+        layers = [LayerInfo(f"layer{index}", "Linear", width) for index, width in enumerate(WIDTHS)]
+        self.store.register(self.source, config, layers)
+        self.rng = np.random.default_rng(0)
+        self.sent: dict[int, list[F64]] = {index: [] for index in range(len(WIDTHS))}
+
+    def send(self, *layers: int, closes: bool = False, nonfinite: int = 0) -> None:
+        entries, parts = [], [np.empty(0)]
+        for index in layers:
+            rows = self.rng.normal(size=(0 if nonfinite else 20, WIDTHS[index])) + index
+            moments = Moments.from_rows(rows)
+            self.sent[index].append(rows)
+            entries.append((index, 0, moments.n, nonfinite))
+            parts += [moments.mean, moments.packed()]
+        buffer = np.concatenate(parts)
+        delta = Delta(self.source, 0, self.seq, 0, 0, closes, closes, tuple(entries))
+        assert self.store.take(delta.sealed(buffer), buffer).merged
+        self.seq += 1
+
+    def rows(self) -> tuple[LayerRow, ...]:
+        """What is published now, checked against all rows that were sent."""
+        assert self.store.flush(20)
+        rows = self.keeper.windows[-1].rows
+        for row in rows:
+            index = int(row.layer.removeprefix("layer"))
+            covariance = np.cov(np.concatenate(self.sent[index]).T, bias=True)
+            assert row.covariance is not None
+            np.testing.assert_allclose(row.covariance, covariance[np.triu_indices(WIDTHS[index])], atol=1e-12)
+            np.testing.assert_allclose(row.eigenvalues, np.linalg.eigvalsh(covariance)[::-1], atol=1e-12)
+            assert row.samples == len(np.concatenate(self.sent[index]))
+        return tuple(rows)
+
+
+@pytest.mark.parametrize("cores", [1, 2, 3, 9])
+def test_the_widest_are_decomposed_first_and_rows_come_in_the_order_of_the_layers(
+    cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending, seen = Sending(cores=cores), Decompositions(monkeypatch)
+    sending.send(0, 1, 2, 3, 4)
+    assert [row.layer for row in sending.rows()] == [f"layer{index}" for index in range(5)]
+    begun = seen.since()
+    assert sorted(begun) == sorted(WIDTHS)
+    assert begun[0] == 9
+    if cores <= 2:
+        assert begun == [9, 9, 6, 4, 2], "one at a time: the other core is for what comes in"
+        assert seen.most == 1
+    assert seen.most <= max(1, cores - 1)
+
+
+def test_what_has_room_for_one_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publisher, "DECOMPOSING_BYTES", 24 * 9 * 9)
+    sending, seen = Sending(cores=9), Decompositions(monkeypatch)
+    sending.send(0, 1, 2, 3, 4)
+    assert len(sending.rows()) == 5
+    assert seen.most == 1
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_a_layer_that_has_got_nothing_is_not_decomposed_again(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sending, seen = Sending(cores=cores), Decompositions(monkeypatch)
+    sending.send(0, 1, 2)
+    before = sending.rows()
+    assert sorted(seen.since()) == [2, 4, 9]
+    sending.send(1, 4)
+    live = sending.rows()
+    assert sorted(seen.since()) == [6, 9]
+    assert [row.eigenvalues.tolist() for row in (live[0], live[2])] == [
+        row.eigenvalues.tolist() for row in (before[0], before[2])
+    ]
+    sending.send(closes=True)
+    until(lambda: sending.store.progress().published == 1)
+    final = sending.rows()
+    assert sending.keeper.windows[-1].final
+    assert seen.since() == [], "the last live rows are the final ones"
+    assert [row.stats for row in final] == [row.stats for row in live]
+
+
+def test_rows_left_out_are_counted_though_nothing_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    sending = Sending()
+    sending.send(0)
+    assert [(row.samples, row.nonfinite_rows) for row in sending.rows()] == [(20, 0)]
+    sending.send(0, nonfinite=7)
+    assert [(row.samples, row.nonfinite_rows) for row in sending.rows()] == [(20, 7)]
+
+
+@pytest.mark.parametrize("cores", [1, 4])
+def test_a_layer_that_cannot_be_decomposed_costs_no_other_its_row(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sending = Sending(cores=cores)
+    seen = Decompositions(monkeypatch, fail=4)
+    sending.send(0, 1, 2)
+    assert [row.layer for row in sending.rows()] == ["layer1", "layer2"]
+    (problem,) = sending.store.progress().problems
+    assert problem == "layer layer0, step 0: MemoryError: no room for this one"
+    sending.send(2)
+    assert [row.layer for row in sending.rows()] == ["layer1", "layer2"]
+    assert seen.widths.count(4) == 2, "it is tried again"
+
+
+def test_a_publication_keeps_no_copy_of_the_covariance() -> None:
+    sending = Sending()
+    sending.send(1)
+    sending.rows()
+    (entry,) = sending.store.attempts[-1].windows[0].entries.values()
+    assert entry.row is not None
+    assert entry.row[1].covariance is None
+    assert entry.row[0] is entry.freeze().collect().packed
