@@ -317,7 +317,8 @@ class PackedTotal:
             return
         weights = np.array(self._weights, dtype=np.float64)
         means = np.stack(self._means)
-        mean = means[0] + (weights / weights.sum()) @ (means - means[0])
+        # No product of BLAS either, see `_PRODUCT`.
+        mean = means[0] + np.einsum("k,kd->d", weights / weights.sum(), means - means[0])
         scaled = (means - mean) * np.sqrt(weights)[:, None]
         scratch = np.empty(min(_FOLD_ROWS, self.features) * self.features)
         width = max(1, _PRODUCT // (_FOLD_ROWS * len(scaled)))

@@ -343,6 +343,22 @@ def test_a_total_of_many_features_is_their_merge(features: int) -> None:
     assert_close(totalled(parts, features), merged(parts))
 
 
+def test_no_product_of_a_fold_is_one_that_blas_shares_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenBLAS's threads wait for each other, and one that gets no core holds up the store a hundredfold."""
+    sizes, matmul = [], np.matmul
+
+    def recorded(left: F64, right: F64, out: F64) -> F64:
+        sizes.append(left.shape[0] * left.shape[1] * right.shape[1])
+        return matmul(left, right, out=out)
+
+    parts = [Moments.from_rows(group) for group in random_groups([4] * 33, 700, offset=3.0)]
+    monkeypatch.setattr(np, "matmul", recorded)
+    found = totalled(parts, 700)
+    monkeypatch.undo()
+    assert 0 < max(sizes) <= 1 << 18
+    assert_close(found, merged(parts))
+
+
 def test_a_total_can_be_read_and_added_to_in_turn() -> None:
     parts = [Moments.from_rows(group) for group in random_groups([3] * 100, 5, offset=100.0)]
     total = PackedTotal(5)
