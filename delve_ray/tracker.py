@@ -105,7 +105,7 @@ class SaturationTracker:
         rank, world_size: This worker's place among the data-parallel ranks, whose rows differ.
         publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none. With `store`, the
             seconds between this worker's deliveries.
-        precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 in both.
+        precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 always.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
         max_memory: Bytes that recording may take in this worker while the store takes what it is sent; checked here,
             and for layers whose width only a forward tells, there: such a layer is left out with a warning.
@@ -115,10 +115,9 @@ class SaturationTracker:
             torchrun that is restarted. Windows that the new attempt closes replace those of the same step.
         spill_dir: Local folder for what waits for the store and does not fit `max_memory`; by default one under the
             system's temporary folder.
-        max_overhead: Share of the training's time that the hooks may take, such as 0.02. Forwards are then chosen at
-            random so that this holds, of each layer on its own, and each counts as many times as there were for one
-            that was chosen: no statistic is biased, and `samples` says how many observations stand behind a row. A
-            window has about one forward of each layer at least. What warming up takes is made up for.
+        max_overhead: Share of the training's time that the hooks may take, such as 0.02. Of each layer, forwards are
+            chosen at random, and count as many times as there were for one that was chosen: nothing is biased, and
+            `samples` says how many observations stand behind a row. Every window has some forward of each layer.
         writer_args, layerwise_sat, average_sat, reset_covariance, verbose, name: Understood; whatever differs from
             today's behaviour raises NotImplementedError.
 

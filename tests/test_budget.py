@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from delve_ray import SaturationTracker, read_covariances, read_spectra
 from delve_ray.budget import Budget, Key
+from delve_ray.moments import unpack_triangle
 from tests.helpers import covariance_error, float64_rows, recording
 
 
@@ -165,3 +168,37 @@ def test_a_sampled_recording_is_the_weighted_covariance_of_what_was_chosen(
     scatter = np.zeros((width, width))
     scatter[np.triu_indices(width)] = buffer[width:] / total
     assert covariance_error(np.triu(scatter, 1).T + scatter, reference) < 1e-6
+
+
+def test_the_files_have_the_weighted_covariance_and_the_number_of_rows_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    weight = Budget.weight
+
+    def noting(self: Budget, key: Key) -> int:
+        chosen.append(weight(self, key))
+        return chosen[-1]
+
+    monkeypatch.setattr(Budget, "weight", noting)
+    layer = nn.Linear(6, 5)
+    outputs: list[np.ndarray] = []
+    ends = [0]
+    stats = ["lsat", "cov", "trace"]
+    with SaturationTracker(tmp_path / "run", "parquet", layer, stats=stats, max_overhead=1e-4) as tracker:
+        for window in range(2):
+            for _ in range(150):
+                outputs.append(float64_rows(layer(torch.randn(8, 6) + window)))
+            tracker.add_saturations()
+            ends.append(len(outputs))
+    rows = read_spectra(tmp_path / "run").sort_by("step").to_pylist()
+    covariances = read_covariances(tmp_path / "run").sort_by("step").to_pylist()
+    for window in range(2):
+        taken = range(ends[window], ends[window + 1])
+        x = np.concatenate([outputs[i] for i in taken if chosen[i]])
+        w = np.repeat([float(chosen[i]) for i in taken if chosen[i]], 8)
+        assert rows[window]["samples"] == len(x) < 8 * len(taken)
+        mean = w @ x / w.sum()
+        reference = ((x - mean) * w[:, None]).T @ (x - mean) / w.sum()
+        assert covariance_error(unpack_triangle(covariances[window]["covariance"], 5), reference) < 1e-6
+        assert rows[window]["trace"] == pytest.approx(np.trace(reference), rel=1e-6)
