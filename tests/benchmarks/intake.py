@@ -12,7 +12,8 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,14 +148,9 @@ def measure_intake(
     return {name: samples / (count * senders * nbytes) for name, samples in found.items()}
 
 
-def intake_ratio(samples: dict[str, Samples]) -> Estimate:
-    """Bytes per second into the store over those into the empty actor."""
-    return ratio(samples["empty"], samples["store"])
-
-
-def intake_table(rounds: int, round_bytes: int = ROUND_BYTES) -> str:
-    """All sizes and numbers of senders, as Markdown; starts Ray, and ends it."""
-    lines = ["| delta | senders | empty actor | store | ratio | 95 % | target |", "| --- " * 7 + "|"]
+@contextmanager
+def intake_ray() -> Iterator[None]:
+    """A Ray of this machine, with room for the deltas of all senders."""
     ray.init(
         address="local",
         num_cpus=2,
@@ -165,6 +161,20 @@ def intake_table(rounds: int, round_bytes: int = ROUND_BYTES) -> str:
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
     )
     try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def intake_ratio(samples: dict[str, Samples]) -> Estimate:
+    """Bytes per second into the store over those into the empty actor."""
+    return ratio(samples["empty"], samples["store"])
+
+
+def intake_table(rounds: int, round_bytes: int = ROUND_BYTES) -> str:
+    """All sizes and numbers of senders, as Markdown; starts Ray, and ends it."""
+    lines = ["| delta | senders | empty actor | store | ratio | 95 % | target |", "| --- " * 7 + "|"]
+    with intake_ray():
         for (size, widths), senders in itertools.product(SIZES.items(), SENDERS):
             samples = measure_intake(widths, senders, rounds, round_bytes)
             rates = {name: 1e-9 / median(seconds).value for name, seconds in samples.items()}
@@ -174,8 +184,6 @@ def intake_table(rounds: int, round_bytes: int = ROUND_BYTES) -> str:
                 f"{share.low:.2f} … {share.high:.2f} | ≥ {TARGET:g} |"
             )
             print(lines[-1], flush=True)
-    finally:
-        ray.shutdown()
     return "\n".join(lines)
 
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from argparse import Namespace
 from collections.abc import Iterator
 
 from tests.benchmarks import timing
 from tests.benchmarks.closing import RANKS, local_ray, measure_closing
+from tests.benchmarks.intake import (
+    SENDERS,
+    SIZES,
+    growth_table,
+    intake_ratio,
+    intake_ray,
+    measure_intake,
+)
+from tests.benchmarks.intake import TARGET as INTAKE_TARGET
 from tests.benchmarks.models import WORKLOADS, Workload
 from tests.benchmarks.overhead import SHARE, measure_overhead
 from tests.benchmarks.publishing import measure_publishing
 from tests.benchmarks.recording import RecordingCase, measure_recording
-from tests.benchmarks.report import Line, Row, Unmeasured, milliseconds
+from tests.benchmarks.report import Line, Row, Section, Unmeasured, milliseconds
 from tests.benchmarks.shipping import measure_bytes, measure_sharing
 from tests.benchmarks.steps import measure_steps
 from tests.benchmarks.trackers import DELVE_SCALARS
@@ -22,6 +32,10 @@ CLOSING_TARGET = 0.05
 PUBLISHING_TARGET = 0.25
 OVERHEAD_TARGET = 1.03
 BYTES_TARGET = 1.05
+
+WINDOW_NOTE = """\
+Seconds of one window in a store without Ray: merging all deltas that its senders flush, and publishing it. Layers of
+256 to 768 features; the cost grows with flushes × Σd², never with batches or rows."""
 
 _SHARING_STEPS = 10
 """Steps of a window while its predecessor is packed and sent."""
@@ -109,6 +123,29 @@ def per_window(shares: dict[str, float]) -> str:
     'packer 2.1 ms and sender 0.4 ms of CPU time'
     """
     return " and ".join(f"{name} {milliseconds(seconds)}" for name, seconds in shares.items()) + " of CPU time"
+
+
+def intake_rows(options: Namespace) -> Iterator[Line]:
+    """Bytes per second into a store behind Ray, against an actor that does nothing with them."""
+    with intake_ray():
+        for (size, widths), senders in itertools.product(SIZES.items(), SENDERS):
+            samples = measure_intake(widths, senders, 3 if options.quick else 12)
+            yield Row(
+                f"intake, {size} from {senders}",
+                1.0 / timing.median(samples["store"]).value,
+                "empty actor",
+                1.0 / timing.median(samples["empty"]).value,
+                intake_ratio(samples),
+                INTAKE_TARGET,
+                samples=samples,
+                unit="B/s",
+                at_least=True,
+            )
+
+
+def window_section(options: Namespace) -> Section:
+    """What a window costs a store, by the number of senders."""
+    return Section("A window in the store", WINDOW_NOTE, growth_table((256, 384, 512, 768), 4, options.windows))
 
 
 def overhead_rows(workload: Workload, options: Namespace) -> Iterator[Line]:

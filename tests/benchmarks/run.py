@@ -31,11 +31,13 @@ from tests.benchmarks.report import Line, Section
 from tests.benchmarks.rows import (
     bytes_rows,
     closing_rows,
+    intake_rows,
     overhead_rows,
     publishing_rows,
     recording_rows,
     sharing_rows,
     step_rows,
+    window_section,
 )
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
@@ -66,11 +68,12 @@ def entries() -> list[Entry]:
         *(Entry(f"recorder, {case.text}", partial(recording_rows, case), anywhere=True) for case in CASES),
         Entry("add_saturations()", closing_rows),
         *(Entry(f"bytes per window, {w.name}", partial(bytes_rows, w)) for w in WORKLOADS),
-        # INTAKE: the rows of intake.py ("bytes per second into the store", target ≥ 0.8, Row(…, at_least=True)).
+        Entry("intake", intake_rows),
         *(Entry(f"published, {w.name}", partial(publishing_rows, w)) for w in WORKLOADS),
         *(Entry(f"max_overhead={SHARE}, {w.name}", partial(overhead_rows, w)) for w in WORKLOADS),
         *(Entry(f"steps beside the sender, {w.name}", partial(sharing_rows, w)) for w in WORKLOADS if w.name in BESIDE),
         Entry("growth", lambda options: [growth_section(min(options.samples, 5))], slow=True),
+        Entry("a window in the store", lambda options: [window_section(options)], slow=True),
         Entry("memory of a hook", lambda _: [memory_section()], slow=True),
         Entry("memory of a worker and a store", lambda _: [footprint_section()], slow=True),
     ]
