@@ -34,7 +34,7 @@ _TURNED = 64
 """Fewest features of which rows are turned for oneDNN; with fewer, that takes longer than it saves."""
 _FEWEST_ONEDNN = 32
 """Fewest features of which oneDNN is faster than torch.mm."""
-_ONEDNN_BLOCKS = ((4096, 8), (1024, 4), (256, 2))
+_ONEDNN_BLOCKS = ((4096, 8), (1024, 4), (384, 2))
 _MM_BLOCKS = ((256, 8), (96, 4))
 """(features from which on, blocks)."""
 
@@ -74,8 +74,8 @@ def wants_rows(features: int) -> bool:
 def product_blocks(features: int, *, fast: bool) -> list[tuple[int, int, tuple[int, ...]]]:
     """Blocks (first row, number of rows, blocks of the plan that it covers) of a product, each computed by one call.
 
-    >>> product_blocks(300, fast=True)
-    [(0, 152, (0, 1, 2, 3)), (152, 148, (4, 5, 6, 7))]
+    >>> product_blocks(400, fast=True)
+    [(0, 200, (0, 1, 2, 3)), (200, 200, (4, 5, 6, 7))]
     """
     plan = block_plan(features)
     wanted = next((count for least, count in (_ONEDNN_BLOCKS if fast else _MM_BLOCKS) if features >= least), 1)
