@@ -23,8 +23,8 @@ class BlockPlan:
     Block (first, height) holds rows first … first+height of the product from column `first` on. Four blocks
     compute 5/8 of the full product, eight 9/16; below 96 features one product is faster than several.
 
-    `groups` is how many groups may wait; fewer where that many means would be large beside the sums. From 256
-    features on, the accumulators of both phases and one float32 product take at most 12d² bytes.
+    `groups` is how many groups may wait; fewer where that many means would be large beside the sums. From 384
+    features on, the sums of both phases and one block of a float32 product take at most 12d² bytes.
     """
 
     __slots__ = ("blocks", "diagonal", "features", "groups", "size")

@@ -23,8 +23,7 @@ def word_sum(buffer: F64) -> int:
 def scan(buffer: F64) -> tuple[int, bool]:
     """`word_sum`, and whether all numbers are finite.
 
-    One thread: two were no faster in front of a merge that already takes what the memory gives, and the cores beside
-    this one are the senders'.
+    On the caller's thread alone: the cores beside it are the senders'.
 
     >>> scan(np.array([1.0, float("nan")]))[1], scan(np.array([1.0, 1e300]))[1]
     (False, True)
