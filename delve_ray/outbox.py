@@ -177,6 +177,13 @@ class Outbox:
             self._give_up(item, f"{path} cannot be read: {error}")
             return item.delta, np.empty(0)
 
+    def following(self, seq: int) -> tuple[Delta, F64] | None:
+        """What `next` will give after this delta, if it is in memory; it stays here, and may be put on disk."""
+        with self._lock:
+            later = (item for number, item in sorted(self._items.items()) if number > seq and not item.merged)
+            item = next(later, None)
+            return None if item is None or item.buffer is None else (item.delta, item.buffer)
+
     def done(self, seq: int) -> None:
         """A delta is not being sent any more."""
         with self._lock:

@@ -68,6 +68,8 @@ class Shipper:
         self.lost: str | None = None
         self.leaving = False
         self.last_ack: Ack | None = None
+        if hasattr(store, "following"):
+            store.following = outbox.following
         self._rejoin = rejoin
         self._pack = Packer(recorder.layers)
         self._next_step = first_step

@@ -144,6 +144,23 @@ def test_a_file_that_went_away_or_was_damaged_is_an_incomplete_share(box: Outbox
     assert len(box.lost_rows) == 2
 
 
+def test_what_follows_is_what_comes_next_as_long_as_it_is_in_memory(box: Outbox) -> None:
+    fill(box, 4, memory=4 * NBYTES)
+    found = box.following(0)
+    assert found is not None
+    assert (found[0].seq, np.array_equal(found[1], values(1))) == (1, True)
+    box.acknowledge(Ack(0, next_seq=1, above=(1, 2)))
+    found = box.following(0)
+    assert found is not None
+    assert found[0].seq == 3
+    assert box.following(3) is None
+
+
+def test_what_follows_on_disk_is_not_read_ahead(box: Outbox) -> None:
+    fill(box, 3, memory=0)
+    assert box.following(0) is None
+
+
 def test_everything_can_be_written_for_a_recovery(box: Outbox, tmp_path: Path) -> None:
     fill(box, 5)
     paths = box.write_all(str(tmp_path / "undelivered"))

@@ -7,6 +7,7 @@ groups of their own: a question is answered while a delta is merged, and publish
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -23,6 +24,7 @@ from ray.exceptions import (
     ActorUnavailableError,
     GetTimeoutError,
     RayActorError,
+    RayError,
     RayTaskError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -236,11 +238,17 @@ def find(run: str, timeout: float = 0.0) -> Any:
 
 
 class RemoteStore:
-    """A store behind its actor, as a worker's sender sees it: `protocol.Store`, every call with a deadline."""
+    """A store behind its actor, as a worker's sender sees it: `protocol.Store`, every call with a deadline.
+
+    `following` is asked for the delta after one that is on its way. Its buffer is brought into Ray's object store
+    meanwhile, which takes about as long as the store takes for the other.
+    """
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
+        self.following: Callable[[int], tuple[Delta, F64] | None] = lambda seq: None
         self._put: tuple[tuple[str, int], Any] | None = None
+        self._put_next: tuple[tuple[str, int], Any] | None = None
 
     def settings(self) -> StoreConfig:
         """See `protocol.Store.settings`."""
@@ -265,11 +273,31 @@ class RemoteStore:
             return small
         key = (delta.source.source, delta.seq)
         if self._put is None or self._put[0] != key:
-            self._put = None  # frees the one before, before there is another
+            self._put, self._put_next = self._put_next, None  # frees the one before, before there is another
+        if self._put is None or self._put[0] != key:
+            self._put = None
             self._put = key, self._try("take", lambda: ray.put(buffer))
-        ack: Ack = self._call("take", delta, self._put[1])
+        reference = self._put[1]
+
+        def call() -> Any:
+            answer = self.handle.take.remote(delta, reference)
+            self._prepare(delta.seq)
+            return ray.get(answer, timeout=CALL_TIMEOUT_S)
+
+        ack: Ack = self._try("take", call)
         self._put = None
         return ack
+
+    def _prepare(self, seq: int) -> None:
+        """Bring the buffer after this one into the object store, if it is not there and there is room."""
+        found = self.following(seq)
+        if found is None or found[1].nbytes < INLINE_BYTES:
+            return
+        key = (found[0].source.source, found[0].seq)
+        if self._put_next is None or self._put_next[0] != key:
+            self._put_next = None
+            with contextlib.suppress(RayError):  # it will be tried again, and said, when it is its turn
+                self._put_next = key, ray.put(found[1])
 
     def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
         """See `protocol.Store.heartbeat`."""

@@ -6,6 +6,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -222,10 +223,13 @@ def test_a_run_whose_store_has_ended_by_itself_is_resumed(workers: Any, savefile
     team = workers(2)
     ray.get([w.track.remote(savefile, "parquet", run="silent", rank=i, world_size=2) for i, w in enumerate(team)])
     ray.get(team[0].step.remote(10, 1, 0))
-    for worker in team:
-        ray.kill(worker)
     store = delve_ray.get_store("silent")
     deadline = time.monotonic() + 60
+    while not ray.get(store.status.remote())["ranks"][0]["deltas"]:  # what was not sent would be lost
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for worker in team:
+        ray.kill(worker)
     while not ray.get(store.status.remote())["finished"]:
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -272,3 +276,48 @@ def test_an_object_store_that_is_full_is_asked_again_and_nothing_is_lost(
     reference = np.cov(rows.T, bias=True)
     error = np.abs(unpack_triangle(row["covariance"], 200) - reference).max()
     assert error < 1e-6 * np.linalg.eigvalsh(reference)[-1]
+
+
+def test_each_delta_is_put_once_and_the_next_one_while_the_store_takes_one(
+    ray_session: None, savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    import torch
+    from torch import nn
+
+    from delve_ray.packing import Packer
+    from delve_ray.store.actor import RemoteStore
+
+    put, packed, buffers, prepared = ray.put, threading.Event(), [], []
+    pack, prepare = Packer.__call__, RemoteStore._prepare
+
+    def counted(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            buffers.append(float(value[0]))
+        return put(value)
+
+    def noted(self: RemoteStore, seq: int) -> None:
+        packed.wait(30)  # until there is something to follow
+        before = len(buffers)
+        prepare(self, seq)
+        prepared.append(len(buffers) - before)
+
+    def counting(self: Packer, *args: Any) -> Any:
+        found = pack(self, *args)
+        if args[3] == 3:
+            threading.Timer(0.2, packed.set).start()  # it is in the outbox by then
+        return found
+
+    monkeypatch.setattr(ray, "put", counted)
+    monkeypatch.setattr(RemoteStore, "_prepare", noted)
+    monkeypatch.setattr(Packer, "__call__", counting)
+    model = nn.Linear(4, 200)
+    with delve_ray.SaturationTracker(savefile, "parquet", model, run="ahead", stats="cov") as tracker:
+        for step in range(4):
+            model(torch.randn(50 + step, 4))
+            tracker.add_saturations(step)
+        tracker.metrics(wait=True)
+    assert len(buffers) == len(set(buffers)) == 4
+    assert prepared == [1, 1, 1, 0]
+    rows = delve_ray.read_covariances(savefile).sort_by("step").to_pylist()
+    assert [(row["step"], row["samples"]) for row in rows] == [(step, 50 + step) for step in range(4)]
