@@ -30,7 +30,7 @@ from torch import Tensor
 
 from delve_ray.workspace import block_plan
 
-_TURNED = 64
+_TURNED = 128
 """Fewest features of which rows are turned for oneDNN; with fewer, that takes longer than it saves."""
 _FEWEST_ONEDNN = 32
 """Fewest features of which oneDNN is faster than torch.mm."""

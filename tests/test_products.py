@@ -52,7 +52,7 @@ def test_blocks_cover_the_plan_once_and_in_order(features: int, fast: bool) -> N
 
 
 def test_rows_are_turned_only_for_a_kernel_that_wants_it(kernel: str) -> None:
-    assert [wants_rows(features) for features in (10, 63, 64, 2000)] == [True, True, *[kernel == "torch.mm"] * 2]
+    assert [wants_rows(features) for features in (10, 127, 128, 2000)] == [True, True, *[kernel == "torch.mm"] * 2]
 
 
 def test_an_operator_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
