@@ -188,8 +188,8 @@ class HostAccumulator(Accumulator):
         noise = n * (_CENTRE_NOISE[centre.dtype] * offset) ** 2
         if max(smallest, noise) < largest < most or (dtype != torch.float64 and not centred.any()):
             residual = None
-            # Where no mean is above the spread, what its rounding leaves is below 1e-13 of the variance.
-            if n * offset * offset > largest or dtype.itemsize == 2:
+            # Where no mean is above the spread, what a float32 one is rounded by changes the covariance by 1e-10.
+            if n * offset * offset > largest or dtype.itemsize == 2 or self.precision == torch.float64:
                 residual = np.divide(centred.sum(axis).numpy(), n, dtype=np.float64)
             self._keep(_Group(n, weight, mean, residual, centred, by_rows, squares, largest))
             if self._narrow and self.precision == torch.float32:
