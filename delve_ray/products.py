@@ -35,7 +35,7 @@ _TURNED = 128
 _FEWEST_ONEDNN = 32
 """Fewest features of which oneDNN is faster than torch.mm."""
 _ONEDNN_BLOCKS = ((4096, 8), (1024, 4), (384, 2))
-_MM_BLOCKS = ((256, 8), (96, 4))
+_MM_BLOCKS = ((256, 8), (128, 4))
 """(features from which on, blocks)."""
 
 

@@ -64,3 +64,13 @@ def test_an_operator_that_is_wrong_or_missing_is_not_used(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert onednn() is None
     onednn.cache_clear()
+
+
+@pytest.mark.parametrize("features", [1, 31, 32, 96, 127, 128, 130, 255, 256, 383, 384])
+def test_a_layer_that_counts_as_narrow_has_one_block_in_every_layout(features: int, kernel: str) -> None:
+    narrow = len(product_blocks(features, fast=products.onednn() is not None)) == 1
+    layouts = [False] if not wants_rows(features) else [False, True]
+    rows = random_rows(8, features)
+    for by_rows in layouts:
+        x = rows if by_rows else rows.t().contiguous()
+        assert (len(list(upper_product(x, by_rows=by_rows))) == 1) == narrow
