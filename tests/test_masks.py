@@ -190,7 +190,7 @@ def test_non_finite_padding_is_not_counted_as_a_non_finite_row() -> None:
     valid = VALID.clone()
     valid[0, 2] = False
     buffer = torch.zeros(9, dtype=torch.float64).numpy()
-    assert accumulator.drain_into(buffer) == (11, 1)
+    assert accumulator.drain_into(buffer) == (11, 1, 11.0)
     assert_exact_mean = x[valid].double().mean(0).numpy()
     assert abs(buffer[:3] - assert_exact_mean).max() < 1e-6
 
