@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from delve_ray.accumulator import Accumulator
 from delve_ray.matrices import FLOAT32_EPS, correlation, eigenvalues, second_moment
 from delve_ray.schema import F64
-from delve_ray.workspace import Workspace
 from tests.covariances import FLOAT64_EPS, population_covariance, rotated
+from tests.helpers import accumulator
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -141,11 +140,10 @@ def test_what_float32_products_leave_of_a_constant_feature_is_no_feature(batch: 
     constants = [0.1, 3.3333, -77.7, 1e3 / 3, 12345.678, 1e-3 / 7, 0.0]
     rows[:, 10:17] = constants
     rows_ND = torch.tensor(rows, dtype=torch.float32)
-    accumulator = Accumulator(40, Workspace(torch.device("cpu")))
-    accumulator.checked = checked
+    total = accumulator(40, checked=checked)
     for part in rows_ND.split(batch):
-        accumulator.add(part)
-    moments = accumulator.moments()
+        total.add(part)
+    moments = total.moments()
 
     varying = np.delete(rows_ND.double().numpy(), range(10, 17), axis=1)
     result = correlation(moments.covariance(), moments.mean)

@@ -546,13 +546,13 @@ def test_an_interrupted_forward_is_left_out_and_named(
 
         monkeypatch.setattr(Accumulator, "_slot", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            model(torch.randn(8, 4))
+            model(torch.randn(5000, 4))
         monkeypatch.undo()
         tracker.add_saturations()
         model(torch.randn(9, 4))
         tracker.add_saturations()
     rows = [(row["step"], row["layer"], row["samples"]) for row in read_spectra(savefile).to_pylist()]
-    assert rows == [(0, "0", 16), (1, "0", 9), (1, "1", 9)]
+    assert rows == [(0, "0", 5008), (1, "0", 9), (1, "1", 9)]
     assert "layer 1: an interrupted forward spoilt its sums" in caplog.text
 
 
@@ -567,7 +567,7 @@ def test_closing_from_a_signal_handler_does_not_hang(savefile: str, monkeypatch:
         return slot(self)
 
     monkeypatch.setattr(Accumulator, "_slot", signalled)
-    model(torch.randn(8, 4))
+    model(torch.randn(5000, 4))
     assert not model._forward_hooks
     assert read_spectra(savefile).num_rows == 0, "the only forward had not ended"
 
@@ -603,7 +603,7 @@ def test_closing_from_a_signal_handler_while_the_packer_waits_for_the_hook(
 
     tracker._recorder.lock = Watched(tracker._recorder.lock)  # type: ignore[assignment]
     monkeypatch.setattr(Accumulator, "_slot", signalled)
-    model(torch.randn(8, 4))  # hangs where the two locks are taken in either order
+    model(torch.randn(5000, 4))  # hangs where the two locks are taken in either order
     assert not model._forward_hooks
     for thread in tracker._shipper._threads:
         thread.join(10)
@@ -865,5 +865,6 @@ def test_ranks_that_make_rows_differently_are_refused(savefile: str) -> None:
         "max_samples": None,
         "sample_fraction": 1.0,
         "seed": 0,
+        "max_overhead": None,
         "precision": "float32",
     }

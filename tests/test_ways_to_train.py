@@ -313,7 +313,8 @@ def test_overflowing_forwards_are_left_out_row_by_row() -> None:
     finite = output.isfinite().all(1)
     assert 0 < int((~finite).sum()) < 10
     buffer = torch.zeros(9, dtype=torch.float64).numpy()
-    assert accumulator.drain_into(buffer) == (int(finite.sum()), int((~finite).sum()))
+    n = int(finite.sum())
+    assert accumulator.drain_into(buffer) == (n, int((~finite).sum()), n)
     expected = witness.rows["", "train"][0][finite].double().mean(0)
     torch.testing.assert_close(torch.from_numpy(buffer[:3]), expected, rtol=1e-6, atol=1e-6)
 
