@@ -78,7 +78,7 @@ class Accumulator:
 
     def _checked(self, rows: Tensor) -> Tensor:
         """The rows without their graph, if they are some."""
-        x = rows.detach()
+        x = rows.detach() if rows.requires_grad else rows
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise ValueError(
                 f"rows of shape {tuple(x.shape)} do not have {self.features} features in the last dimension"
@@ -122,7 +122,7 @@ class Accumulator:
     # --- reading -----------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
-        """Reduce what still waits, and wait for the device; called by the sender's thread."""
+        """Reduce what still waits; called by the sender's thread."""
 
     def drain_into(self, buffer: F64, workspace: Workspace | None = None) -> Drained:
         """Write mean (d) and packed scatter (d(d+1)/2) into `buffer`.
@@ -139,19 +139,22 @@ class Accumulator:
             )
         self._finish()
         self._fold()
-        buffer[: self.features] = self._means[0].cpu().numpy()
+        sums, mean, n, dropped, weight = self._read()
+        buffer[: self.features] = mean
         packed = buffer[self.features :]
-        dense = self._sums.cpu()
         # What centring a constant feature rounds may be taken away once too often: -1e-30 for a variance of 0.
-        variances = dense.numpy()[self._plan.diagonal]
-        dense.numpy()[self._plan.diagonal] = np.maximum(variances, 0.0)
+        sums[self._plan.diagonal] = np.maximum(sums[self._plan.diagonal], 0.0)
         start = 0
-        for block in self._plan.views(dense):
+        for block in self._plan.views(torch.from_numpy(sums)):
             height, width = block.shape
             size = triangle_size(height) + height * (width - height)
             pack_block(block.numpy(), packed[start : start + size])
             start += size
-        return Drained(int(self._rows), int(self._dropped), float(self._counts[0]))
+        return Drained(n, dropped, weight)
+
+    def _read(self) -> tuple[F64, F64, int, int, float]:
+        """On the host: sums, mean, rows, rows left out and the rows' weight."""
+        return self._sums.numpy(), self._means[0].numpy(), int(self._rows), int(self._dropped), float(self._counts[0])
 
     def moments(self) -> Moments:
         """The moments so far, as float64 on the host; uses the accumulator up like `drain_into`."""

@@ -64,8 +64,7 @@ class Workspace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # Of the last use of the scratch memory: another stream has to wait for it, on the device.
-        self.used = torch.cuda.Event() if device.type == "cuda" else None
+        self.lane: Any = None  # of the accumulators on a device, see `cuda.lane`
         self._flat: dict[tuple[str, torch.dtype], Tensor] = {}
         self._products: dict[tuple[int, torch.dtype], tuple[Tensor, list[Tensor]]] = {}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -23,40 +24,40 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def never_synchronise() -> Iterator[None]:
+@contextmanager
+def never_synchronising() -> Iterator[None]:
+    """Any operation inside that waits for the device is an error."""
+    torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "lstm"])
 @pytest.mark.parametrize("method", ["channelwise", "mean", "max", "median"])
-def test_a_hook_does_not_wait_for_the_device(
-    name: str, method: str, caplog: pytest.LogCaptureFixture, never_synchronise: None
-) -> None:
+def test_a_hook_does_not_wait_for_the_device(name: str, method: str, caplog: pytest.LogCaptureFixture) -> None:
     model = build(name).cuda().eval()
     batches = [inputs(name, 32, seed).cuda() for seed in range(3)]
-    torch.cuda.synchronize()
     with recording(model, rows=RowOptions(method), sample_fraction=0.5, max_samples=200) as recorder:
-        for batch in batches:
-            model(batch)
-        torch.cuda.set_sync_debug_mode("default")
+        with never_synchronising():
+            for batch in batches:
+                model(batch)
         assert all(moments.n > 0 for moments in harvested(recorder).values())
     assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_mask_does_not_wait_for_the_device(device: str, never_synchronise: None) -> None:
+def test_a_mask_does_not_wait_for_the_device(device: str) -> None:
     model = nn.Linear(8, 6).cuda()
     x = torch.randn(4, 5, 8).cuda()
     valid = torch.arange(5)[None] < torch.tensor([5, 2, 1, 4])[:, None]
     mask = check_mask(valid.to(device))
     rows = RowOptions(timeseries_method="last_timestep")
     with recording(model) as every, recording(model, rows=rows) as last:
-        with every.masks.use(mask), last.masks.use(mask):
+        with every.masks.use(mask), last.masks.use(mask), never_synchronising():
             output = model(x)
-        torch.cuda.set_sync_debug_mode("default")
         (steps,), (lasts,) = harvested(every).values(), harvested(last).values()
     assert_exact(steps, output.cpu()[valid])
     assert_exact(lasts, output.cpu()[torch.arange(4), torch.tensor([4, 1, 0, 3])])
