@@ -16,6 +16,7 @@ import torch.distributed
 from delve_ray.checks import check_integer, check_name
 from delve_ray.errors import OptionError, ReadError, RunEnded, StoreError
 from delve_ray.integrations.ray_train import current_worker, resolve_savefile
+from delve_ray.precision import PRODUCT_EPS
 from delve_ray.recorder import RecorderOptions
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
@@ -178,7 +179,7 @@ def publication(
         resume=identity.resume,
         snapshot_every=SNAPSHOT_EVERY_S if settings is None else settings.snapshot_every,
         publish_every=publish_every,
-        product_eps=float(torch.finfo(options.precision).eps),
+        product_eps=PRODUCT_EPS[options.products],
         recording={
             **asdict(options.rows),
             "log_interval": options.log_interval,
@@ -186,7 +187,7 @@ def publication(
             "sample_fraction": options.sample_fraction,
             "seed": options.seed,
             "max_overhead": options.max_overhead,
-            "precision": str(options.precision).removeprefix("torch."),
+            "precision": options.products,
         },
     )
 

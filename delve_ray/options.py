@@ -13,8 +13,8 @@ from delve_ray.checks import check_integer
 from delve_ray.errors import OptionError
 from delve_ray.layers import CONV_METHODS, INTERPOLATIONS, TIMESERIES_METHODS, RowOptions
 
-PRECISIONS = {"float32": torch.float32, "float64": torch.float64}
-"""Precision of the products, by the name of the option."""
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "tf32": torch.float32, "bfloat16": torch.float32}
+"""What products are summed in, by the name of the option; the last two name what is multiplied."""
 
 
 def not_built(option: str, value: object, instead: str) -> NotImplementedError:
@@ -98,9 +98,17 @@ def check_mask_function(value: object) -> None:
         )
 
 
-def check_precision(value: object) -> torch.dtype:
-    """The precision of the products."""
-    return PRECISIONS[check_choice("precision", value, tuple(PRECISIONS), ("bfloat16", "tf32"))]
+def check_precision(value: object, device: object = None) -> torch.dtype:
+    """What products are summed in. A GPU alone has them in TF32 and bfloat16; `device` is as the user gave it."""
+    name = check_choice("precision", value, tuple(PRECISIONS))
+    if name in ("tf32", "bfloat16"):
+        here = "device='cpu'" if str(device).startswith("cpu") else "" if torch.cuda.is_available() else "no GPU here"
+        if here:
+            raise OptionError(
+                f"precision={value!r} is for products on a GPU, and there is {here}; on the CPU use 'float32', which "
+                f"is as fast there"
+            )
+    return PRECISIONS[name]
 
 
 def check_device(value: Any) -> torch.device | None:

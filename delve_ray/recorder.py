@@ -56,6 +56,7 @@ class RecorderOptions:
     rows: RowOptions = RowOptions()
     log_interval: int = 1
     precision: torch.dtype = torch.float32
+    products: str = "float32"
     device: torch.device | None = None
     max_samples: int | None = None
     sample_fraction: float = 1.0
@@ -290,8 +291,10 @@ class Recorder:
             workspace = self._workspaces.get(device)
             if workspace is None:
                 workspace = self._workspaces[device] = Workspace(device)
-            kind = HostAccumulator if device.type == "cpu" else DeviceAccumulator
-            accumulator = kind(width, workspace, self.options.precision)
+            if device.type == "cpu":
+                accumulator = HostAccumulator(width, workspace, self.options.precision)
+            else:
+                accumulator = DeviceAccumulator(width, workspace, self.options.precision, self.options.products)
             self._accumulators[key] = accumulator
         return accumulator
 

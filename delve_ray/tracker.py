@@ -105,7 +105,7 @@ class SaturationTracker:
         rank, world_size: This worker's place among the data-parallel ranks, whose rows differ.
         publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none. With `store`, the
             seconds between this worker's deliveries.
-        precision: Of the products: "float32" on centred rows, or "float64". Sums are float64 always.
+        precision: Of the products: "float32" or "float64"; on a GPU also "tf32", "bfloat16". Sums are float64 always.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
         max_memory: Bytes that recording may take in this worker while the store takes what it is sent; checked here,
             and for layers whose width only a forward tells, there: such a layer is left out with a warning.
@@ -184,7 +184,8 @@ class SaturationTracker:
         options = RecorderOptions(
             check_rows(conv_method, timeseries_method, interpolation_strategy, interpolation_downsampling),
             log_interval=check_integer("log_interval", log_interval, at_least=1),
-            precision=check_precision(precision),
+            precision=check_precision(precision, device),
+            products=precision,
             device=check_device(device),
             max_samples=check_max_samples(max_samples),
             sample_fraction=check_fraction("sample_fraction", sample_fraction),

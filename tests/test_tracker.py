@@ -446,7 +446,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "thresholds": ({"sat_threshold": [0.9, 1.1]}, OptionError, "sat_threshold"),
     "csv": ({"save_to": ["parquet", "csv"]}, NotImplementedError, "csv"),
     "embed": ({"stats": ["embed"]}, NotImplementedError, "embed"),
-    "tf32": ({"precision": "tf32"}, NotImplementedError, "precision='tf32'"),
+    "tf32": ({"precision": "tf32", "device": "cpu"}, OptionError, "precision='tf32' is for products on a GPU"),
     "writer_args": ({"writer_args": {"a": 1}}, NotImplementedError, "writer_args"),
     "resume": ({"resume": 1}, OptionError, "resume=1 must be True, False, or a name"),
     "spill_dir": ({"spill_dir": "s3://bucket/x"}, OptionError, "spill_dir='s3://bucket/x' must be a local folder"),

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from delve_ray.checks import check_flag, check_integer, check_seconds
 from delve_ray.errors import OptionError
+from delve_ray.precision import PRODUCT_EPS
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
 from delve_ray.store.protocol import SNAPSHOT_EVERY_S, StoreConfig
@@ -48,8 +47,8 @@ def start_store(
     """
     if check_integer("num_shards", num_shards, at_least=1) != 1:
         raise NotImplementedError(f"num_shards={num_shards!r} is not built yet; use 1")
-    if precision not in ("float32", "float64"):
-        raise OptionError(f"precision={precision!r} is neither 'float32' nor 'float64'")
+    if precision not in PRODUCT_EPS:
+        raise OptionError(f"precision={precision!r} is none of {', '.join(map(repr, PRODUCT_EPS))}")
     thresholds = check_thresholds(sat_threshold)
     config = StoreConfig(
         run=run,
@@ -60,7 +59,7 @@ def start_store(
         threshold=thresholds[0],
         thresholds=thresholds if len(thresholds) > 1 else (),
         publish_every=check_seconds("publish_every", publish_every),
-        product_eps=float(np.finfo(precision).eps),
+        product_eps=PRODUCT_EPS[precision],
         snapshot_every=check_seconds("snapshot_every", snapshot_every),
         late_after=check_seconds("late_after", late_after),
         silent_after=check_seconds("silent_after", silent_after),
