@@ -43,8 +43,9 @@ def tile_of(index):
 
 @triton.jit
 def round_tf32(x):
-    """The nearest value of 11 bits; tensor cores would cut the rest off."""
-    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    """The nearest value of 11 bits, of two the even one; tensor cores would cut the rest off."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
