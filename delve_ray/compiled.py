@@ -44,6 +44,9 @@ def define_operators(
 def _define_all(
     actions: Mapping[str, Callable[..., None]], called_while_tracing: Sequence[Callable[..., bool]]
 ) -> bool:
+    if not has_effects(torch.__version__):
+        log.info("recording under torch.compile takes a graph break per layer with torch %s", torch.__version__)
+        return False
     try:
         from torch._higher_order_ops import effects
     except ImportError:
@@ -59,6 +62,15 @@ def _define_all(
         torch._dynamo.assume_constant_result(function)
     _LIBRARIES.append(library)
     return True
+
+
+def has_effects(version: str) -> bool:
+    """Whether this torch's compiler calls operators for their effect; 2.11 drops them without a word.
+
+    >>> has_effects("2.11.0+cu130"), has_effects("2.13.0+cpu"), has_effects("3.0.0a0")
+    (False, True, True)
+    """
+    return tuple(map(int, version.split(".")[:2])) >= (2, 13)
 
 
 def _define(library: Any, effects: Any, actions: Mapping[str, Callable[..., None]]) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from delve_ray.chunks import chunk_rows
+from delve_ray.cuda.lane import SPARE_BYTES
+from delve_ray.device_accumulator import DeviceAccumulator
 from delve_ray.errors import OptionError
 from delve_ray.host_accumulator import HostAccumulator, stage_rows
 from delve_ray.moments import triangle_size
@@ -58,7 +62,7 @@ def worker_bytes(widths: Sequence[int]) -> int:
     packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together the
     scratch memory of the training thread and that of the packer.
     """
-    total = sum(4 * HostAccumulator.nbytes(features) + 16 * (features + triangle_size(features)) for features in widths)
+    total = sum(4 * _accumulator_bytes(features) + 16 * (features + triangle_size(features)) for features in widths)
     scratch = max(
         (
             HostAccumulator.scratch_bytes(features, chunk_rows(features))
@@ -67,7 +71,14 @@ def worker_bytes(widths: Sequence[int]) -> int:
         ),
         default=0,
     )
-    return total + scratch + outbox_bytes(widths)
+    spare = SPARE_BYTES if widths and torch.cuda.is_available() else 0
+    return total + scratch + spare + outbox_bytes(widths)
+
+
+def _accumulator_bytes(features: int) -> int:
+    """Of an accumulator wherever it may be: on the host, or on a GPU where there is one."""
+    on_host = HostAccumulator.nbytes(features)
+    return max(on_host, DeviceAccumulator.nbytes(features)) if torch.cuda.is_available() else on_host
 
 
 def outbox_bytes(widths: Sequence[int]) -> int:

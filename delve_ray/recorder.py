@@ -63,7 +63,7 @@ class RecorderOptions:
     seed: int = 0
     max_overhead: float | None = None
     max_features: int = 8192
-    max_memory: int = 8 << 30
+    max_memory: int = 16 << 30
 
 
 class Recorder:

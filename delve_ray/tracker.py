@@ -107,19 +107,17 @@ class SaturationTracker:
             seconds between this worker's deliveries.
         precision: Of the products: "float32" or "float64"; on a GPU also "tf32", "bfloat16". Sums are float64 always.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
-        max_memory: Bytes that recording may take in this worker while the store takes what it is sent; checked here,
-            and for layers whose width only a forward tells, there: such a layer is left out with a warning.
+        max_memory: Bytes that recording may take in this worker, device and host together, while the store takes what
+            it is sent; checked here, and for layers whose width a forward tells, there: then one is left out by name.
         resume: True goes on with the run that the savefile holds, as its next attempt; a name does so for ranks that
             nobody else tells apart from those of the attempt before: all ranks of this attempt give the same, and no
             earlier one had it. By default a savefile that holds a run is refused, but for a Ray Train run or a
             torchrun that is restarted. Windows that the new attempt closes replace those of the same step.
-        spill_dir: Local folder for what waits for the store and does not fit `max_memory`; by default one under the
-            system's temporary folder.
+        spill_dir: Local folder for what waits for the store and does not fit `max_memory`; a temporary one by default.
         max_overhead: Share of the training's time that the hooks may take, such as 0.02. Of each layer, forwards are
             chosen at random, and count as many times as there were for one that was chosen: nothing is biased, and
             `samples` says how many observations stand behind a row. Every window has some forward of each layer.
-        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, name: Understood; whatever differs from
-            today's behaviour raises NotImplementedError.
+        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, name: Not built yet; another value raises.
 
     Raises:
         OptionError: an option that cannot be used; it names the option, the value and what would be right.
@@ -171,7 +169,7 @@ class SaturationTracker:
         precision: str = "float32",
         max_overhead: float | None = None,
         max_features: int = 8192,
-        max_memory: int = 8 << 30,
+        max_memory: int = 16 << 30,
         layers: Sequence[str] | str | None = None,
         mask: MaskFunction | None = None,
         sample_fraction: float = 1.0,
