@@ -103,8 +103,7 @@ class SaturationTracker:
             sat_threshold, run and world_size may be left out and are the store's.
         run: Name of the run, the same in all ranks. Found inside Ray Train; needed with several ranks elsewhere.
         rank, world_size: This worker's place among the data-parallel ranks, whose rows differ.
-        publish_every: Seconds between live rows (`final` = false) of an open window; 0 for none. With `store`, the
-            seconds between this worker's deliveries.
+        publish_every: Seconds between live rows (`final` = false) of an open window, or deliveries to `store`; 0: none.
         precision: Of the products: "float32" or "float64"; on a GPU also "tf32", "bfloat16". Sums are float64 always.
         max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
         max_memory: Bytes that recording may take in this worker, device and host together, while the store takes what
