@@ -35,10 +35,10 @@ from tests.chaos.processes import (
 
 pytestmark = pytest.mark.slow
 
-DISK_BYTES, ROOM_BYTES = 20 << 20, 8 << 20
+DISK_BYTES, ROOM_BYTES = 20 << 20, 4 << 20
 STEPS, BATCHES = range(6), range(4)
 FEATURES = {"by a file": 6, "by covariances": 700}
-"""Of the layer, by what fills the disk: in the second case a window's covariance takes 2 MB."""
+"""Of the layer, by what fills the disk: in the second case a window's covariance takes 2 MB, compressed over 1."""
 
 
 # --- disks and stores ----------------------------------------------------------------------------------
