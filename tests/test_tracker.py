@@ -581,22 +581,21 @@ def test_closing_from_a_signal_handler_while_the_packer_waits_for_the_hook(
     slot = Accumulator._slot
 
     class Watched:
-        """The recorder's lock, which tells when another thread asks for it."""
+        """The recorder's lock, which tells when the packer has to wait for a hook."""
 
         def __init__(self, lock: Any) -> None:
             self.lock = lock
 
         def __enter__(self) -> None:
-            if threading.current_thread().name == "delve_ray-packer":
-                waiting.set()
-            self.lock.acquire()
+            if not self.lock.acquire(blocking=False):
+                waiting.set()  # a hook has it
+                self.lock.acquire()
 
         def __exit__(self, *_: Any) -> None:
             self.lock.release()
 
     def signalled(self: Accumulator) -> int:
         monkeypatch.setattr(Accumulator, "_slot", slot)
-        waiting.clear()
         assert waiting.wait(10), "the packer wants what the hook is filling"
         tracker.close(timeout=20)
         return slot(self)
