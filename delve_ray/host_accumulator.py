@@ -154,8 +154,10 @@ class HostAccumulator(Accumulator):
         dtype, maps, weight = self._kind
         n = self._staged
         rows = self._stage.view(self.features, -1)[:, :n].t() if maps else self._stage[:n]
+        # An interrupt from here on parts the rows of earlier forwards from their count, too.
+        self.adding, self._staged = True, 0
         self._reduce(rows, n, weight, dtype)
-        self._staged = 0
+        self.adding = False
 
     def _finish(self) -> None:
         self._reduce_stage()
@@ -352,12 +354,14 @@ class HostAccumulator(Accumulator):
         """Make one group of those that share a centre."""
         if self._shifted_count:
             assert self._shift is not None
+            self.adding = True
             slot = self._slot()
             self._counts_np[slot] = self._shifted_count
             np.divide(self._shifted, self._shifted_count, out=self._residuals_np[slot])
             np.add(self._shift.numpy(), self._residuals_np[slot], out=self._means_np[slot])
             self._shifted[:] = 0.0
             self._shifted_count = 0.0
+            self.adding = False
         self._shift_left = 0
 
     @property

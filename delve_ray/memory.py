@@ -12,8 +12,8 @@ from delve_ray.cuda.lane import SPARE_BYTES
 from delve_ray.device_accumulator import DeviceAccumulator
 from delve_ray.errors import OptionError
 from delve_ray.host_accumulator import HostAccumulator, stage_rows
-from delve_ray.moments import triangle_size
 from delve_ray.selection import TrackedLayer
+from delve_ray.store.protocol import moments_size
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def worker_bytes(widths: Sequence[int]) -> int:
     packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together the
     scratch memory of the training thread and that of the packer.
     """
-    total = sum(4 * _accumulator_bytes(features) + 16 * (features + triangle_size(features)) for features in widths)
+    total = sum(4 * _accumulator_bytes(features) + 16 * moments_size(features) for features in widths)
     scratch = max(
         (
             HostAccumulator.scratch_bytes(features, chunk_rows(features))
@@ -83,8 +83,4 @@ def _accumulator_bytes(features: int) -> int:
 
 def outbox_bytes(widths: Sequence[int]) -> int:
     """Bytes of packed deltas that stay in memory until they are safe: one of both phases; the rest lies on disk."""
-    return (
-        max(MIN_OUTBOX_BYTES, sum(16 * (features + triangle_size(features)) for features in widths))
-        if any(widths)
-        else 0
-    )
+    return max(MIN_OUTBOX_BYTES, sum(16 * moments_size(features) for features in widths)) if any(widths) else 0

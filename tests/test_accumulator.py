@@ -644,6 +644,39 @@ def test_a_bad_row_among_batches_that_wait() -> None:
     assert_exact(result, torch.cat(batches)[[index for index in range(300) if index != 127]])
 
 
+@pytest.mark.parametrize("done", [False, True])
+def test_an_interrupt_about_the_reduction_of_a_stage_counts_no_row_twice(
+    done: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = HostAccumulator(20, Workspace(CPU))
+    reduce = HostAccumulator._reduce
+
+    def interrupted(self: HostAccumulator, *given: Any) -> None:
+        if done:
+            reduce(self, *given)
+        raise KeyboardInterrupt
+
+    batches = random_rows(stage_rows(20), 20).chunk(2)
+    total.add(batches[0])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HostAccumulator, "_reduce", interrupted)
+        total.add(batches[1])
+    assert total.adding == (not done), "whoever harvests what lost rows leaves it out and says so"
+    if done:
+        assert_exact(drained(total)[0], torch.cat(batches))
+
+
+def test_stages_of_bad_rows_alone_go_on() -> None:
+    total = HostAccumulator(20, Workspace(CPU))
+    bad = torch.full((stage_rows(20) // 2, 20), float("nan"))
+    good = random_rows(100, 20)
+    for batch in (bad, bad, good):
+        total.add(batch)
+    result, left_out = drained(total)
+    assert left_out == 2 * len(bad)
+    assert_exact(result, good)
+
+
 def test_what_waits_is_reduced_in_memory_of_the_thread_that_drains() -> None:
     workspace, own = Workspace(CPU), Workspace(CPU)
     total = accumulator(20, workspace=workspace)
