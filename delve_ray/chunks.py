@@ -9,8 +9,8 @@ from torch import Tensor
 CHUNK_ELEMENTS = 1 << 20
 """Elements of a batch that are reduced at a time: 4 MB of scratch, which stays in the cache."""
 CHUNK_ROWS = (1024, 32768)
-"""Fewest and most rows that a chunk may have. A float32 product over 2^16 rows is wrong by 5e-7 of λ1, over 2^18
-by 1.6e-6; over 2^13 it is right to 2e-7. With too few rows, adding the product costs more than computing it."""
+"""Fewest and most rows that a chunk may have. A float32 product over 2^16 rows is wrong by 5e-7 of λ1, over 2^18 by
+1.6e-6, if nobody mends it. With too few rows, adding the product costs more than computing it."""
 
 
 def chunk_rows(features: int) -> int:

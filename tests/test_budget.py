@@ -139,18 +139,22 @@ def test_phases_have_budgets_of_their_own() -> None:
     assert set(budget.strides()) == {(0, 0), (0, 1)}
 
 
-@pytest.mark.parametrize("width", [20, 300])
-def test_a_sampled_recording_is_the_weighted_covariance_of_what_was_chosen(
-    width: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    chosen: list[int] = []
+@pytest.fixture
+def chosen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The weights that budgets gave, 0 of what was not chosen."""
+    weights: list[int] = []
     weight = Budget.weight
 
     def noting(self: Budget, key: Key) -> int:
-        chosen.append(weight(self, key))
-        return chosen[-1]
+        weights.append(weight(self, key))
+        return weights[-1]
 
     monkeypatch.setattr(Budget, "weight", noting)
+    return weights
+
+
+@pytest.mark.parametrize("width", [20, 300])
+def test_a_sampled_recording_is_the_weighted_covariance_of_what_was_chosen(width: int, chosen: list[int]) -> None:
     layer = nn.Linear(6, width)
     outputs = []
     with recording(layer, max_overhead=1e-4) as recorder:
@@ -171,16 +175,8 @@ def test_a_sampled_recording_is_the_weighted_covariance_of_what_was_chosen(
 
 
 def test_the_files_have_the_weighted_covariance_and_the_number_of_rows_behind_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, chosen: list[int]
 ) -> None:
-    chosen: list[int] = []
-    weight = Budget.weight
-
-    def noting(self: Budget, key: Key) -> int:
-        chosen.append(weight(self, key))
-        return chosen[-1]
-
-    monkeypatch.setattr(Budget, "weight", noting)
     layer = nn.Linear(6, 5)
     outputs: list[np.ndarray] = []
     ends = [0]

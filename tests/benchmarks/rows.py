@@ -61,6 +61,31 @@ def step_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
     )
 
 
+def compared(
+    what: str,
+    samples: dict[str, timing.Samples],
+    ours: str,
+    other: str,
+    target: float | None = None,
+    *,
+    against: str | None = None,
+    note: str = "",
+    unit: str = "s",
+) -> Row:
+    """The row of two variants that took turns; `against` is what the table calls the other one."""
+    return Row(
+        what,
+        timing.median(samples[ours]).value,
+        against or other,
+        timing.median(samples[other]).value,
+        timing.ratio(samples[ours], samples[other]),
+        target,
+        note,
+        {name: samples[name] for name in (ours, other)},
+        unit,
+    )
+
+
 def spread(seconds: timing.Samples) -> str:
     """Median and quartiles in milliseconds."""
     low, middle, high = (milliseconds(value) for value in timing.quartiles(seconds))
@@ -70,31 +95,14 @@ def spread(seconds: timing.Samples) -> str:
 def recording_rows(case: RecordingCase, options: Namespace) -> Iterator[Line]:
     """The recorder against the bare product."""
     found = measure_recording(case, options.samples, options.device)
-    yield Row(
-        f"recorder, {case.text}",
-        timing.median(found["recorder"]).value,
-        "XᵀX",
-        timing.median(found["gemm"]).value,
-        timing.ratio(found["recorder"], found["gemm"]),
-        RECORDING_TARGET,
-        samples=found,
-    )
+    yield compared(f"recorder, {case.text}", found, "recorder", "gemm", RECORDING_TARGET, against="XᵀX")
 
 
 def publishing_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
     """Publishing a window, until it is known and until it is written."""
     samples = measure_publishing(workload, DELVE_SCALARS, options.windows)
-    theirs = samples["delve"]
     for name, text, target in (("ours", "published", PUBLISHING_TARGET), ("ours, on disk", "published on disk", None)):
-        yield Row(
-            f"{text}, {workload.name}",
-            timing.median(samples[name]).value,
-            "delve",
-            timing.median(theirs).value,
-            timing.ratio(samples[name], theirs),
-            target,
-            samples={name: samples[name], "delve": theirs},
-        )
+        yield compared(f"{text}, {workload.name}", samples, name, "delve", target)
 
 
 def closing_rows(options: Namespace) -> Iterator[Line]:
@@ -102,17 +110,15 @@ def closing_rows(options: Namespace) -> Iterator[Line]:
     with local_ray() as ray:
         for workload in WORKLOADS:
             samples, shares = measure_closing(ray, workload, options.windows)
-            yield Row(
+            yield compared(
                 f"add_saturations(), {workload.name}",
-                timing.median(samples["ours"]).value,
+                samples,
+                "ours",
                 "all_reduce",
-                timing.median(samples["all_reduce"]).value,
-                timing.ratio(samples["ours"], samples["all_reduce"]),
                 CLOSING_TARGET,
-                f"{RANKS} ranks. The slowest of {len(samples['ours'])} calls took "
+                note=f"{RANKS} ranks. The slowest of {len(samples['ours'])} calls took "
                 f"{milliseconds(samples['ours'].max())}. Beside the training, per window and rank: "
                 f"{per_window(shares)}.",
-                samples,
             )
 
 
@@ -156,43 +162,25 @@ def overhead_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
     except NotImplementedError:
         yield Unmeasured(what, "not built")
         return
-    yield Row(
-        what,
-        timing.median(samples["tracked"]).value,
-        "untracked",
-        timing.median(samples["untracked"]).value,
-        timing.ratio(samples["tracked"], samples["untracked"]),
-        OVERHEAD_TARGET,
-        samples=samples,
-    )
+    yield compared(what, samples, "tracked", "untracked", OVERHEAD_TARGET)
 
 
 def bytes_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
     """Bytes that a window takes on its way to the store."""
     samples = measure_bytes(workload, 2 if options.quick else 5)
-    yield Row(
-        f"bytes per window, {workload.name}",
-        timing.median(samples["shipped"]).value,
-        "triangles",
-        timing.median(samples["triangles"]).value,
-        timing.ratio(samples["shipped"], samples["triangles"]),
-        BYTES_TARGET,
-        samples=samples,
-        unit="B",
-    )
+    yield compared(f"bytes per window, {workload.name}", samples, "shipped", "triangles", BYTES_TARGET, unit="B")
 
 
 def sharing_rows(workload: Workload, options: Namespace) -> Iterator[Line]:
     """Steps beside threads that pack and send."""
     samples, shares = measure_sharing(workload, options.windows, _SHARING_STEPS)
     gil = shares.pop("GIL")
-    yield Row(
+    yield compared(
         f"steps beside the sender, {workload.name}",
-        timing.median(samples["closing"]).value,
-        "none to send",
-        timing.median(samples["never"]).value,
-        timing.ratio(samples["closing"], samples["never"]),
+        samples,
+        "closing",
+        "never",
+        against="none to send",
         note=f"a window is closed every {_SHARING_STEPS} steps, which all cores take part in. Per window, "
         f"{per_window(shares)}; Python code beside them goes without the interpreter for {milliseconds(gil)}.",
-        samples=samples,
     )
