@@ -9,12 +9,28 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from delve_ray import host_accumulator, staging
 from tests.benchmarks.timing import Samples, alternate, calls_lasting
 from tests.benchmarks.trackers import attach_ours
 
 _SAMPLE_S = 0.01
 """Shortest sample, so that the clock and a single interrupt weigh little."""
 _FEWEST_CALLS = 4
+
+
+def whole_groups(calls: int, rows: int, features: int, device: str) -> int:
+    """At least so many calls, and as many as make whole groups of the rows that are held back.
+
+    Most calls only copy their rows, and one reduces them all: a sample with less than a group would miss it, and the
+    median over such samples hide it.
+
+    >>> whole_groups(10, 128, 256, "cpu"), whole_groups(10, 2560, 256, "cpu")
+    (16, 10)
+    """
+    on_host = torch.device(device).type == "cpu"
+    held_back = host_accumulator.stage_rows(features) if on_host else staging.stage_rows(features, 4)
+    cycle = max(1, held_back // rows)
+    return -(-max(_FEWEST_CALLS, calls) // cycle) * cycle
 
 
 class Replay(nn.Linear):
@@ -72,7 +88,7 @@ def measure_recording(case: RecordingCase, samples: int, device: str = "cpu") ->
         torch.mm(rows_ND.t(), rows_ND, out=out)
 
     with tempfile.TemporaryDirectory() as name, attach_ours(layer, Path(name), ("lsat",), nosave=True):
-        count = max(_FEWEST_CALLS, calls_lasting(_SAMPLE_S, gemm, device))
+        count = whole_groups(calls_lasting(_SAMPLE_S, gemm, device), len(rows_ND), rows_ND.shape[1], device)
 
         def repeat_gemm(_: int) -> None:
             for _ in range(count):
