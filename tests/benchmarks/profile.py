@@ -33,7 +33,7 @@ PACKAGE = str(Path(delve_ray.__file__).parent)
 
 # In this order: the first phase with a word that is a part of the name decides.
 CALLS = {
-    "product": ("mm", "matmul", "syrk", "einsum", "outer", "linear"),
+    "product": ("mm", "matmul", "syrk", "outer", "linear", "mkldnn"),
     "float64 add": ("add", "axpy"),
     "copy and centre": (
         "sub",
@@ -72,6 +72,8 @@ def phase_of(key: Key) -> str:
 
     >>> phase_of(("~", 0, "<built-in method torch.mm>")), phase_of((PACKAGE + "/layers.py", 7, "rows"))
     ('product', 'reading rows')
+    >>> phase_of(("~", 0, "<built-in method torch._ops.mkldnn.>"))
+    'product'
     """
     file, _, name = key
     if file.startswith(PACKAGE):
@@ -80,7 +82,7 @@ def phase_of(key: Key) -> str:
         stem = Path(file).stem
         return next((phase for phase, files in FILES.items() if stem in files), OWN)
     # "<method 'sub' of 'torch._C.TensorBase' objects>", "<built-in method torch.mm>", or a function of torch's
-    call = name.split("'")[1] if "'" in name else name.strip("<>").rpartition(".")[2]
+    call = name.split("'")[1] if "'" in name else name.strip("<>.").rpartition(".")[2]
     return next((phase for phase, words in CALLS.items() if any(word in call for word in words)), OTHER)
 
 
