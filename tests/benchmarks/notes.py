@@ -26,8 +26,9 @@ Published: from add_saturations() until the window's metrics are there, with eve
 disk", until the Parquet file is written as well. delve's add_saturations() computes and writes its CSV files before it
 returns, in the training thread; ours works on threads of its own, and is waited for here.
 
-max_overhead: steps that are tracked with this share of the time to spend, against untracked ones; each block of steps
-is a window, and the tracker has had some to find its rate.
+max_overhead: blocks of steps that are tracked with this share of the time to spend, in turn with untracked ones; four
+blocks are a window, and the tracker has had some to find its rate. What the store does at the end of a window is
+waited for, and not timed.
 
 Steps beside the sender: training steps while the threads of the worker pack and send the window before, against steps
 with nothing to send; both are tracked, the first batch of a window, which makes new accumulators, included. What is

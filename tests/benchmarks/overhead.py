@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,35 +22,40 @@ _WINDOW = 4
 _TIMEOUT_S = 600.0
 
 
-def measure_overhead(workload: Workload, windows: int) -> dict[str, Samples]:
-    """Seconds per step, "tracked" and "untracked"; each block of steps is a window.
+def measure_overhead(workload: Workload, blocks: int) -> dict[str, Samples]:
+    """Seconds per step, "tracked" and "untracked".
 
-    Closing the window is part of the block's last step; that it is published is waited for, and not timed: the store
-    of a large training has cores of its own. Raises NotImplementedError while the option is not built.
+    The variants take turns by whole blocks of steps: a tracker tells the length of a step by its own model's forwards,
+    and steps of the other in between would be part of it. Closing a window is part of its last step; that it is
+    published is waited for, and not timed: the store of a large training has cores of its own.
     """
     torch.manual_seed(0)
     model = workload.build()
     trainers = {name: Trainer(model, workload) for name in ("untracked", "tracked")}
-    block = workload.block
+    size = workload.block
     with (
         tempfile.TemporaryDirectory() as name,
         attach_ours(trainers["tracked"].model, Path(name), STATS, max_overhead=SHARE) as tracker,
     ):
         closed: list[int] = []
 
-        def step(number: int) -> None:
-            trainers["tracked"].step(number)
-            if number % (_WINDOW * block) == _WINDOW * block - 1:
+        def run(name: str, block: int) -> None:
+            for number in range(block * size, (block + 1) * size):
+                trainers[name].step(number)
+
+        def tracked(block: int) -> None:
+            run("tracked", block)
+            if block % _WINDOW == _WINDOW - 1:
                 tracker.add_saturations()
-                closed.append(number)
+                closed.append(block)
 
         def wait(_: str, __: int) -> None:
-            # Before any step: the one that follows a window's end is an untracked one as often as not.
+            # Before whatever comes next, which is an untracked block as often as not.
             if closed:
                 closed.clear()
                 tracker.flush(_TIMEOUT_S)
 
-        variants = {"untracked": trainers["untracked"].step, "tracked": step}
-        samples = alternate(variants, calls=windows * block, block=block, warmup=_WARM_UP * block, before=wait)
+        variants = {"untracked": partial(run, "untracked"), "tracked": tracked}
+        found = alternate(variants, calls=blocks, block=1, warmup=_WARM_UP, before=wait)
     check_same_losses(workload.name, {name: trainer.loss.item() for name, trainer in trainers.items()})
-    return samples
+    return {name: seconds / size for name, seconds in found.items()}
