@@ -58,15 +58,21 @@ def measured(worker: Worker, others: list[Any], windows: int) -> dict[str, Any]:
     """Train; what the worker's memory and its outbox came to at most."""
     import ray
 
+    shipper = worker.tracker._shipper
     most: dict[str, Any] = {"memory_bytes": 0, "disk_bytes": 0, "unmerged": 0, "lost": 0}
     for step in range(windows):
         worker.window(step, range(EVERY))
         # A window of a few milliseconds closes faster than it is packed; what then happens is another test's matter.
-        wait_until(lambda: len(worker.tracker._shipper._queue) < 4, "the packer")
+        wait_until(lambda: len(shipper._queue) < 4, "the packer")
         ray.get([other.window.remote(step, [0]) for other in others])
-        now = worker.outbox()
-        most = {name: max(value, now[name]) for name, value in most.items()}
-    return most
+        most = higher(most, worker.outbox())
+    # The last windows are packed meanwhile, and rows of theirs may be given up after the last look.
+    wait_until(lambda: not (shipper._queue or shipper._packing), "the last windows to be packed")
+    return higher(most, worker.outbox())
+
+
+def higher(most: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    return {name: max(value, now[name]) for name, value in most.items()}
 
 
 def train_against_a_stopped_store(savefile: str, spill: str, windows: int, world_size: int) -> None:
