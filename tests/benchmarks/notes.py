@@ -40,8 +40,8 @@ tests.benchmarks.products` shows, and within a training, `make profile`.
 Extra step time, LSTM and ResNet. Of 1024 rows of 256 features the product takes 0.29 ms and turning the rows into the
 layout that its kernel wants 0.11 ms, alone: 0.8 ms a step for the two LSTM layers, 0.21 of delve's extra time. Within a
 training the same calls take 1.5 to 2.3 times as long: the rows have just been written by the other core, and the
-weights and activations of the step have taken the caches. That leaves 0.31 to 0.47 before any hook, copy or sum. Maps of
-32 channels, as in ResNet-18 of width 32, are bound by memory: a pass over 32,768 positions of them takes as long as
+weights and activations of the step have taken the caches. That leaves 0.31 to 0.47 before any hook, copy or sum. Maps
+of 32 channels, as in ResNet-18 of width 32, are bound by memory: a pass over 32,768 positions of them takes as long as
 their product, and there are three: to centre, to multiply, and to look at the sums of squares. One kernel that does
 them in one pass would halve that; torch has none, and one of our own would have to be compiled where it is installed.
 
@@ -49,7 +49,7 @@ Recorder, 128×256, 2560×256 and maps of 64 channels: within 0.05 of the target
 it is not. Product and turning are 0.61 of the bare product at 256 features; hook, copy, centring and the second sum of
 squares share the rest.
 
-Intake, 34 MB. An actor that takes nothing moves 6 to 7 GB/s, as fast as memory is copied here. The store has to read each
-array once to check and add it, which it does at 8 GB/s; one after the other these make 0.53. Several threads that add
-were no faster on these two cores, one of which brings the arrays in.
+Intake, 34 MB. An actor that takes nothing moves 6 to 7 GB/s, as fast as memory is copied here. The store has to read
+each array once to check and add it, which it does at 8 GB/s; one after the other these make 0.53. Several threads that
+add were no faster on these two cores, one of which brings the arrays in.
 """
