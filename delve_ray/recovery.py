@@ -16,6 +16,7 @@ from delve_ray.store.protocol import Held, StoreConfig
 from delve_ray.store.run_file import NAME, read_run
 from delve_ray.store.saving import FOLDER, Saver
 from delve_ray.store.state import State
+from delve_ray.writers import FILES
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +145,8 @@ def _reopen(
         return None
     quiet = {"publish_every": 0.0, "silent_after": 0.0, "late_after": 0.0, "resume": True}
     place = storage.local_path if storage.is_local else storage.uri
-    config = replace(known, savefile=place, **quiet)  # type: ignore[arg-type]
+    files = tuple(name for name in known.save_to if name in FILES) or ("parquet",)
+    config = replace(known, savefile=place, save_to=files, **quiet)  # type: ignore[arg-type]
     store = CovarianceStore(config, saver=saver)
     if state is not None:
         store.go_on(replace(state, config=config, ending=None))

@@ -29,7 +29,7 @@ from ray.exceptions import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.errors import DelveRayError, OptionError, StoreError
 from delve_ray.moments import F64
 from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
@@ -73,6 +73,7 @@ class StoreActor:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = min(cores, MOST_CORES)
         self._core = CovarianceStore(config, saver=saver, finish_timeout=FINISH_TIMEOUT_S, cores=cores)
+        self._released = False  # whether all workers have their last answer
         self._ready = threading.Event()
         self._problem = "the store is being restored"
         if saver is not None and _was_restarted():
@@ -134,8 +135,9 @@ class StoreActor:
         return self._store.leave(source, completed=completed, sent=sent)
 
     def goodbye(self, source: Source) -> bool:
-        """See `CovarianceStore.goodbye`."""
-        return self._store.goodbye(source)
+        """See `CovarianceStore.goodbye`; False as well where a driver may still ask."""
+        self._released = self._store.goodbye(source)
+        return self._released and not self._core.config.lingers
 
     def covariance(self, layer: str, phase: str) -> F64:
         """See `CovarianceStore.covariance`."""
@@ -161,7 +163,11 @@ class StoreActor:
             time.sleep(1.0)
             if not self._core.joined and time.monotonic() > unused_until:
                 self._core.abandon()
-        time.sleep(LINGER_S if self._core.joined else 0.0)
+        if self._core.joined and not self._core.abandoned:
+            ended = time.monotonic()
+            while time.monotonic() < ended + LINGER_S and not self._released:
+                time.sleep(0.5)
+            time.sleep(self._core.config.lingers)
         ray.kill(me, no_restart=True)
 
 
@@ -207,6 +213,14 @@ def start(config: StoreConfig) -> Any:
     Outside the placement group of the caller, so that it takes nothing from a trial or a worker group, and
     detached, so that it outlives the worker that happens to start it.
     """
+    for writer in config.writers:
+        try:
+            ray.cloudpickle.dumps(writer)
+        except Exception as error:  # whatever the object's own pickling raises
+            raise OptionError(
+                f"save_to: the writer {writer.name!r} cannot be sent to the store's process ({error}); let it open "
+                f"files and connections in its open()"
+            ) from error
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     return (
         _remote_class()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from delve_ray.errors import DeltaRefused
 from delve_ray.store.door import refusal
+from delve_ray.store.processes import started
 from delve_ray.store.protocol import Delta, Source
 from delve_ray.store.window import Window
 
@@ -34,6 +35,7 @@ class Member:
         left: whether it has completed, so that nothing waits for it.
         outbox: what waits at the source, by its own account.
         waiting: whether it has asked to leave and will ask again.
+        started: when its process was started, where this machine can see it.
     """
 
     source: Source
@@ -47,8 +49,14 @@ class Member:
     heard: float = field(default_factory=time.monotonic)
     outbox: dict[str, int] = field(default_factory=dict)
     waiting: bool = False
+    started: str | None = None
     # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
     lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def gone(self) -> bool:
+        """Whether its process was to be seen from here, and is not any more."""
+        return self.started is not None and started(self.source) != self.started
 
     def has(self, seq: int) -> bool:
         """Whether a delta is merged."""

@@ -78,7 +78,9 @@ class CovarianceStore(WindowStore):
                 return Welcome(current.number, known.next_window)
             registration.check(self, source, config, layers, held)
             if self.publisher is None:
-                self._open(replace(self.config, recording=self.config.recording or config.recording), layers)
+                own = self.config
+                own = replace(own, recording=own.recording or config.recording, model=own.model or config.model)
+                self._open(own, layers)
                 current = self.attempts[-1] if self.attempts else None
             begins = current is None or current.token != source.token
             if current is None or begins:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from delve_ray.precision import PRODUCT_EPS
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
 from delve_ray.store.protocol import SNAPSHOT_EVERY_S, StoreConfig
-from delve_ray.writers import check_save_to
+from delve_ray.writers import SaveTo, check_save_to, check_writer_args, given_writers
 
 
 def start_store(
@@ -21,7 +21,8 @@ def start_store(
     *,
     run: str,
     world_size: int,
-    save_to: str | Sequence[str] = ("parquet", "tensorboard"),
+    save_to: SaveTo = ("parquet", "tensorboard"),
+    writer_args: Mapping[str, Any] | None = None,
     num_shards: int = 1,
     stats: Sequence[str] | str | None = None,
     sat_threshold: float | Sequence[float] = 0.99,
@@ -50,11 +51,14 @@ def start_store(
     if precision not in PRODUCT_EPS:
         raise OptionError(f"precision={precision!r} is none of {', '.join(map(repr, PRODUCT_EPS))}")
     thresholds = check_thresholds(sat_threshold)
+    names = check_save_to(save_to)
     config = StoreConfig(
         run=run,
         savefile=absolute(check_savefile(savefile)),
         world_size=check_integer("world_size", world_size, at_least=1),
-        save_to=check_save_to(save_to),
+        save_to=names,
+        writers=given_writers(save_to),
+        writer_args=check_writer_args(writer_args, names),
         stats=resolve_stats(stats),
         threshold=thresholds[0],
         thresholds=thresholds if len(thresholds) > 1 else (),
@@ -70,7 +74,8 @@ def start_store(
 
     handle = actor.start(config)
     settings = actor.RemoteStore(handle).settings()
-    if replace(settings, recording={}, resume=config.resume) != config:  # the first worker says how it records
+    # The first worker says how it records and what.
+    if replace(settings, recording={}, model={}, resume=config.resume) != config:
         raise OptionError(f"run={run!r} has a store already, started with {settings}; choose another run name")
     return handle
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from delve_ray.errors import OptionError
 from delve_ray.moments import F64, triangle_size
 from delve_ray.stat_options import check_threshold, check_thresholds, resolve_stats
 from delve_ray.store.scanning import word_sum
-from delve_ray.writers import check_save_to
+from delve_ray.writers import Writer
 from delve_ray.writers.base import Scalar
 
 SNAPSHOT_EVERY_S = 10.0
@@ -36,10 +36,13 @@ class StoreConfig:
 
     Attributes:
         savefile: absolute local path or URI.
+        save_to: names of the writers.
+        writer_args: their options, by name, and `writers`, those that were given as objects; no file has them.
         stats: canonical long names, "cov" for covariances.
         threshold: δ of the intrinsic dimensionality.
         thresholds: all δ where there are several, `threshold` first; empty where there is only that one.
         recording: how workers make and choose rows, by option; the first worker's where it is empty.
+        model: numbers about the model, such as `num_parameters`; the first worker's where it is empty.
         publish_every: seconds between live publications of an open window, 0 for none.
         product_eps: machine epsilon of the products, below which eigenvalues are rounding.
         silent_after: seconds without any sign of life from any source after which the run is ended, and from one
@@ -48,6 +51,10 @@ class StoreConfig:
             not; 0 for never.
         snapshot_every: seconds between snapshots of what workers need not keep any longer, 0 for none.
         resume: whether a savefile that holds this run already is continued.
+        gone_after: seconds after which the run is ended when all of its workers' processes have ended without leaving,
+            as far as the store's machine can see them; 0 for not before `silent_after`.
+        lingers: seconds for which the finished store answers after its last worker has gone, for a driver behind it.
+        trial, trial_config: id and config, as JSON, of the Ray Tune trial that this run is.
 
     Raises:
         OptionError: a value that cannot be used.
@@ -69,13 +76,16 @@ class StoreConfig:
     resume: bool = False
     trial: str | None = None
     trial_config: str | None = None
+    gone_after: float = 0.0
+    lingers: float = 0.0
+    model: Mapping[str, int] = field(default_factory=dict)
+    writer_args: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, compare=False, repr=False)
+    writers: tuple[Writer, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_name("run", self.run)
         check_name("savefile", self.savefile)
         check_integer("world_size", self.world_size, at_least=1)
-        if self.save_to:
-            check_save_to(self.save_to)
         resolve_stats(self.stats)
         check_threshold(self.threshold)
         if self.thresholds and check_thresholds(self.thresholds)[0] != self.threshold:
@@ -84,8 +94,17 @@ class StoreConfig:
         check_seconds("silent_after", self.silent_after)
         check_seconds("late_after", self.late_after)
         check_seconds("snapshot_every", self.snapshot_every)
+        check_seconds("gone_after", self.gone_after)
+        check_seconds("lingers", self.lingers)
+
+    def on_disk(self) -> dict[str, Any]:
+        """The fields by name, without those of `NOT_ON_DISK`."""
+        values = asdict(replace(self, writer_args={}, writers=()))
+        return {name: value for name, value in values.items() if name not in NOT_ON_DISK}
 
 
+NOT_ON_DISK = ("writer_args", "writers")
+"""Fields of `StoreConfig` that no file has: passwords may be among them, and objects of other packages."""
 SAME_FOR_ALL = ("savefile", "save_to", "stats", "threshold", "thresholds", "product_eps", "trial")
 """Fields of `StoreConfig` in which a worker may not differ from the run that it joins."""
 

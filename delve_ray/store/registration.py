@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,10 @@ from delve_ray.errors import RegistrationError, RunEnded
 from delve_ray.storage import Storage
 from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.description import config_difference, layer_difference
+from delve_ray.store.processes import started
 from delve_ray.store.protocol import Held, LayerInfo, Source, StoreConfig
 from delve_ray.store.run_file import RunFile
-from delve_ray.writers import make_writers
-from delve_ray.writers.base import Writer
+from delve_ray.writers import Writer, WriterRun, make_writers
 
 if TYPE_CHECKING:
     from delve_ray.store.core import CovarianceStore
@@ -72,7 +73,7 @@ def _replaces(source: Source, other: Source) -> bool:
 
 def admit(attempt: Attempt, source: Source, held: Held | None) -> Member:
     """Make a worker a member of an attempt: at its beginning, where it was, or where the others are."""
-    member = Member(source)
+    member = Member(source, started=started(source))
     before = attempt.members.get(source.rank)
     if held is not None:
         member.next_seq, member.next_window = held.seq, held.window
@@ -98,5 +99,12 @@ def prepare(
         return None, given or ()
     storage = Storage(config.savefile)
     storage.prepare()
-    writers = make_writers(config.save_to, storage)
-    return RunFile(storage, config, layers), writers
+    run_file = RunFile(storage, config, layers)
+    run = WriterRun(
+        config.run,
+        storage,
+        config.trial,
+        None if config.trial_config is None else json.loads(config.trial_config),
+        config.model,
+    )
+    return run_file, make_writers(config.save_to, run, config.writer_args, config.writers)

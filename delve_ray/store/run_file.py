@@ -131,13 +131,15 @@ def _describe(storage: Storage, config: StoreConfig, layers: Sequence[LayerInfo]
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
+    options = config.on_disk() | {"savefile": storage.uri}  # which masks passwords
     return {
         "schema_version": SCHEMA_VERSION,
         "run": config.run,
         "world_size": config.world_size,
         "created": datetime.now(UTC).isoformat(),
         "store": {"host": socket.gethostname(), "pid": os.getpid()},
-        "options": asdict(config) | {"savefile": storage.uri},  # which masks passwords
+        "options": options,
+        "model": options.pop("model"),
         "layers": [asdict(layer) for layer in layers],
         "versions": versions,
         "attempts": [],

@@ -14,6 +14,7 @@ from delve_ray.errors import ReadError
 from delve_ray.moments import F64, triangle_size
 from delve_ray.storage import masked
 from delve_ray.store.attempt import Attempt, Member
+from delve_ray.store.processes import started
 from delve_ray.store.protocol import LayerInfo, Source, StoreConfig
 from delve_ray.store.window import Collected, Cut, Entry, Window
 from delve_ray.writers.base import Scalar
@@ -145,7 +146,7 @@ def thaw(header: dict[str, Any], arrays: Sequence[F64], where: str) -> State:
 
 def config_header(config: StoreConfig) -> dict[str, Any]:
     """A configuration for JSON; the savefile, which is where this lies, without its password."""
-    return asdict(config) | {"savefile": masked(config.savefile)}
+    return config.on_disk() | {"savefile": masked(config.savefile)}
 
 
 def config_of(values: Mapping[str, Any]) -> StoreConfig:
@@ -211,14 +212,16 @@ def _attempt(header: Mapping[str, Any], arrays: Iterator[F64], where: str) -> At
         widths=dict(header["widths"]),
     )
     for values in header["members"]:
+        source = Source(**values["source"])
         member = Member(
-            Source(**values["source"]),
+            source,
             next_seq=values["next_seq"],
             above=set(values["above"]),
             closing=dict(values["closing"]),
             next_window=values["next_window"],
             gap=values["gap"],
             left=values["left"],
+            started=started(source),
         )
         attempt.members[member.source.rank] = member
     for values in header["windows"]:

@@ -20,7 +20,7 @@ from delve_ray.errors import ReadError, StoreError
 from delve_ray.storage import Storage, masked
 from delve_ray.store import registration
 from delve_ray.store.attempt import Attempt, Member
-from delve_ray.store.protocol import LayerInfo, StoreConfig
+from delve_ray.store.protocol import NOT_ON_DISK, LayerInfo, StoreConfig
 from delve_ray.store.publisher import Publisher
 from delve_ray.store.run_file import RunFile
 from delve_ray.store.saving import FOLDER, Saver, load_window, rescue_folder, save_once
@@ -62,6 +62,7 @@ class WindowStore:
         self.saver = saver
         self.counts = {"refused": 0, "late": 0, "repeated": 0}
         self.ending: str | None = None  # why
+        self.abandoned = False  # whether no worker is left that could ask for anything
         self._given_writers = writers
         self._finish_timeout = finish_timeout
         self._run_file: RunFile | None = None
@@ -101,7 +102,8 @@ class WindowStore:
         state = self.saver.load() if self.saver is not None and self.config.save_to else None
         if state is None:
             return False
-        self.go_on(replace(state, config=replace(state.config, savefile=self.config.savefile, resume=True)))
+        own = {name: getattr(self.config, name) for name in ("savefile", *NOT_ON_DISK)}
+        self.go_on(replace(state, config=replace(state.config, resume=True, **own)))
         return True
 
     def go_on(self, state: State) -> None:
@@ -214,15 +216,13 @@ class WindowStore:
         with self._lock:
             if self.ending is not None or not self.attempts:
                 return []
-            heard = [member.heard for attempt in self.attempts for member in attempt.members.values()]
-            silence = now - max(heard, default=now)
+            silence = self._silence(now)
             if 0 < self.config.silent_after < silence:
-                log.warning(
-                    "run %s is ended: none of its workers was heard of for %.0f s; what had arrived is published",
-                    self.config.run,
-                    silence,
-                )
-                self._finish(f"none of its workers was heard of for {silence:.0f} s")
+                self._give_up(f"none of its workers was heard of for {silence:.0f} s")
+                return []
+            if 0 < self.config.gone_after < silence and self._all_gone():
+                self.abandoned = True
+                self._give_up("the processes of all its workers have ended")
                 return []
             for attempt in self.attempts:
                 self._advance(attempt)
@@ -230,6 +230,21 @@ class WindowStore:
                 return []
             self._next_live = now + self.config.publish_every
             return self._live_jobs()
+
+    def _silence(self, now: float) -> float:
+        """Seconds since any worker was heard of."""
+        heard = [member.heard for attempt in self.attempts for member in attempt.members.values()]
+        return now - max(heard, default=now)
+
+    def _all_gone(self) -> bool:
+        """Whether no worker that has not left has a process."""
+        members = self.attempts[-1].members.values()
+        return bool(members) and all(member.left or member.gone for member in members)
+
+    def _give_up(self, why: str) -> None:
+        """End a run that nobody is left of."""
+        log.warning("run %s is ended: %s; what had arrived is published", self.config.run, why)
+        self._finish(why)
 
     def _live_jobs(self) -> list[Job]:
         if not self.attempts:

@@ -1,70 +1,188 @@
-"""Destinations of published windows, one small file each, behind one interface (`writers.base.Writer`)."""
+"""Destinations of published windows, one small file each, behind one interface (`writers.base.Writer`).
+
+A writer is named, or given as an object. Names beside those of `BUILT_IN` come from packages: an entry point in the
+group `delve_ray.writers` names a class, or a function, that makes a writer from the options in `writer_args`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, TypeAlias
 
-from delve_ray.errors import OptionError
-from delve_ray.storage import Storage
-from delve_ray.writers.base import Scalar, Writer
+from delve_ray.errors import DelveRayError, OptionError
+from delve_ray.writers.base import Scalar, Writer, WriterRun
 
-__all__ = ["Scalar", "Writer", "check_save_to", "make_writers"]
+__all__ = [
+    "SaveTo",
+    "Scalar",
+    "Writer",
+    "WriterRun",
+    "check_save_to",
+    "check_writer_args",
+    "given_writers",
+    "make_writers",
+]
 
-AVAILABLE = ("parquet", "tensorboard")
-NOT_YET = ("csv", "npy", "console", "print", "plot")
+BUILT_IN = {
+    "parquet": "delve_ray.writers.parquet:ParquetWriter",
+    "tensorboard": "delve_ray.writers.tensorboard:TensorBoardWriter",
+    "csv": "delve_ray.writers.csv:CsvWriter",
+    "console": "delve_ray.writers.console:ConsoleWriter",
+    "wandb": "delve_ray.writers.wandb:WandbWriter",
+    "mlflow": "delve_ray.writers.mlflow:MlflowWriter",
+}
+"""Where each writer is; a package that only one needs is imported when that one is opened."""
+FILES = ("parquet", "tensorboard", "csv")
+"""Writers whose files lie in the run's directory, and nowhere else."""
+_OF_A_STORAGE = ("parquet", "tensorboard")
+"""Writers that are made for a directory: others use them without a store."""
+ALIASES = {"print": "console"}
+"""Delve's names."""
+NOT_YET = ("npy", "plot")
 """Delve's names for writers that do not exist here so far."""
+GROUP = "delve_ray.writers"
+"""Entry points of other packages' writers."""
+SaveTo: TypeAlias = str | Writer | Iterable[str | Writer]
+_METHODS = ("open", "write", "write_scalars", "close")
 
 
-def check_save_to(save_to: str | Iterable[str]) -> tuple[str, ...]:
-    """The names in `save_to`, each once, in their order.
+def check_save_to(save_to: SaveTo) -> tuple[str, ...]:
+    """The names in `save_to`, those of writer objects included, each once, in their order.
 
-    Raises OptionError for an empty list or an unknown name, and NotImplementedError for a writer that does
-    not exist yet or for a writer instance in place of a name.
+    Raises OptionError for an empty list, an unknown name, an object that is no writer, or two of one name, and
+    NotImplementedError for a writer that does not exist yet.
 
     >>> check_save_to(["parquet", "tensorboard", "parquet"])
     ('parquet', 'tensorboard')
     """
     if save_to is None:
-        raise OptionError(f"save_to=None: name at least one of {_quoted(AVAILABLE)}")
-    names = (save_to,) if isinstance(save_to, str) or not isinstance(save_to, Iterable) else tuple(save_to)
-    if not names:
-        raise OptionError(f"save_to={save_to!r} is empty: name at least one of {_quoted(AVAILABLE)}")
-    for name in names:
-        _check_name(name)
+        raise OptionError(f"save_to=None: name at least one of {_quoted(available())}")
+    items = _items(save_to)
+    if not items:
+        raise OptionError(f"save_to={save_to!r} is empty: name at least one of {_quoted(available())}")
+    names = [_checked(item) for item in items]
+    objects = [name for item, name in zip(items, names, strict=True) if not isinstance(item, str)]
+    for name in objects:
+        if names.count(name) > 1 or name in BUILT_IN:
+            raise OptionError(f"save_to={save_to!r}: two writers are called {name!r}; give each a name of its own")
     return tuple(dict.fromkeys(names))
 
 
-def make_writers(save_to: str | Iterable[str], storage: Storage) -> list[Writer]:
-    """One writer for each name in `save_to`, writing under `storage`.
+def given_writers(save_to: Any) -> tuple[Writer, ...]:
+    """The writer objects in a `save_to` that was checked."""
+    return tuple(item for item in _items(save_to) if not isinstance(item, str))
 
-    Packages that only one writer needs are imported when that writer is made. Raises what `check_save_to`
-    raises, and what a writer's construction raises.
+
+def check_writer_args(writer_args: Any, save_to: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Options of the writers in `save_to`, by name.
+
+    Raises OptionError for a name that is not there, and options that are none.
     """
-    return [_make(name, storage) for name in check_save_to(save_to)]
+    if writer_args is None:
+        return {}
+    if not isinstance(writer_args, Mapping):
+        raise OptionError(f"writer_args is a {type(writer_args).__name__}, not a dict of options by writer")
+    args = {ALIASES.get(str(name), str(name)): options for name, options in writer_args.items()}
+    for name, options in args.items():
+        if name not in save_to or not isinstance(options, Mapping):
+            raise OptionError(
+                f"writer_args has {name!r}; give options by the writer's name, such as "
+                f"{{{save_to[0] if save_to else 'csv'!r}: {{…}}}}; save_to has {_quoted(save_to)}"
+            )
+    return {name: dict(options) for name, options in args.items()}
 
 
-def _make(name: str, storage: Storage) -> Writer:
-    if name == "parquet":
-        from delve_ray.writers.parquet import ParquetWriter
+def make_writers(
+    save_to: Sequence[str],
+    run: WriterRun,
+    args: Mapping[str, Mapping[str, Any]] | None = None,
+    given: Sequence[Writer] = (),
+) -> list[Writer]:
+    """One open writer for each name in `save_to`: of that name among `given`, or made from its options in `args`.
 
-        return ParquetWriter(storage)
-    from delve_ray.writers.tensorboard import TensorBoardWriter
+    Raises what `check_save_to` raises, OptionError for options that a writer does not take, and what its `open` does.
+    """
+    objects = {writer.name: writer for writer in given}
+    writers: list[Writer] = []
+    try:
+        for name in save_to:
+            writers.append(objects[name] if name in objects else _make(_checked(name), (args or {}).get(name, {}), run))
+            _open(writers[-1], run)
+    except BaseException:
+        for writer in writers[:-1]:
+            writer.close()
+        raise
+    return writers
 
-    return TensorBoardWriter(storage)
+
+def _open(writer: Writer, run: WriterRun) -> None:
+    """Open a writer; what it raises of its own says which one it was."""
+    try:
+        writer.open(run)
+    except (DelveRayError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OptionError(f"save_to={writer.name!r} cannot begin: {type(error).__name__}: {error}") from error
 
 
-def _check_name(name: object) -> None:
-    if not isinstance(name, str):
-        raise NotImplementedError(
-            f"save_to={name!r}: writer instances cannot be given yet; name one of {_quoted(AVAILABLE)}"
-        )
+def available() -> tuple[str, ...]:
+    """Names that `save_to` takes here."""
+    return tuple(dict.fromkeys([*BUILT_IN, *(point.name for point in entry_points(group=GROUP))]))
+
+
+def _items(save_to: Any) -> tuple[Any, ...]:
+    single = isinstance(save_to, str) or not isinstance(save_to, Iterable)
+    return (save_to,) if single else tuple(save_to)
+
+
+def _make(name: str, options: Mapping[str, Any], run: WriterRun) -> Writer:
+    if name in BUILT_IN:
+        module, _, attribute = BUILT_IN[name].partition(":")
+        make: Any = getattr(import_module(module), attribute)
+    else:
+        (point, *_) = entry_points(group=GROUP, name=name)
+        try:
+            make = point.load()
+        except (ImportError, AttributeError) as error:
+            raise OptionError(f"save_to={name!r}: the package that has it cannot be imported ({error})") from error
+    try:
+        writer = make(*[run.storage] * (name in _OF_A_STORAGE), **options)
+    except TypeError as error:
+        raise OptionError(f"writer_args={{{name!r}: {dict(options)}}} does not fit: {error}") from error
+    return _check_writer(writer, name)
+
+
+def _checked(item: object) -> str:
+    """The name of an item of `save_to`."""
+    if not isinstance(item, str):
+        return _check_writer(item, None).name
+    name = ALIASES.get(item, item)
     if name in NOT_YET:
-        raise NotImplementedError(f"save_to={name!r} is not available yet; available: {_quoted(AVAILABLE)}")
-    if name not in AVAILABLE:
-        close = get_close_matches(name.lower(), AVAILABLE, n=1)
+        raise NotImplementedError(f"save_to={item!r} is not available yet; available: {_quoted(available())}")
+    if name not in BUILT_IN and name not in available():
+        close = get_close_matches(name.lower(), available(), n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
-        raise OptionError(f"save_to={name!r} is unknown; valid: {_quoted(AVAILABLE)}.{meant}")
+        raise OptionError(f"save_to={item!r} is unknown; valid: {_quoted(available())}.{meant}")
+    return name
+
+
+def _check_writer(writer: Any, name: str | None) -> Writer:
+    lacking = [method for method in _METHODS if not callable(getattr(writer, method, None))]
+    own = getattr(writer, "name", None)
+    if isinstance(writer, type) or lacking or not isinstance(own, str) or not own:
+        what = f"the class {writer.__name__}" if isinstance(writer, type) else repr(writer)
+        lacks = ", ".join([*(["name"] if not isinstance(own, str) or not own else []), *lacking]) or "an instance"
+        raise OptionError(
+            f"save_to={what} is no writer, it lacks {lacks}: give one of {_quoted(available())}, or an object with "
+            f"what delve_ray.writers.Writer has"
+        )
+    if name is not None and own != name:
+        writer.name = name
+    checked: Writer = writer
+    return checked
 
 
 def _quoted(names: Sequence[str]) -> str:

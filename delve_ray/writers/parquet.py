@@ -26,7 +26,7 @@ from delve_ray.schema import (
     PublishedWindow,
 )
 from delve_ray.storage import Storage
-from delve_ray.writers.base import Scalar
+from delve_ray.writers.base import Scalar, WriterRun
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,9 @@ class ParquetWriter:
         self._storage = storage
         self._revisions: dict[tuple[int, int], set[int]] | None = None  # on disk, as far as this writer knows
         self._kept_files = False  # whether one could not be deleted
+
+    def open(self, run: WriterRun) -> None:
+        """Nothing to prepare: a file is made when there is something to write."""
 
     def write(self, window: PublishedWindow) -> None:
         """Write one revision of one window; the files of its older revisions go."""

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from delve_ray.errors import OptionError
 from delve_ray.schema import F64, PublishedWindow, metric_key, window_metrics
 from delve_ray.storage import Storage
-from delve_ray.writers.base import Scalar
+from delve_ray.writers.base import Scalar, WriterRun
 
 FINEST_BIN = 0.1
 """Width of a histogram's bins in decades, where the spectrum leaves room for it."""
@@ -61,6 +61,9 @@ class TensorBoardWriter:
         self._new_event = event_pb2.Event
         self._directory = os.path.join(storage.local_path, "tensorboard")
         self._file: _EventFile | None = None
+
+    def open(self, run: WriterRun) -> None:
+        """Nothing to prepare: a file is made when there is something to write."""
 
     def write(self, window: PublishedWindow) -> None:
         """Write a final window; a live one, or one without rows, leaves the files as they are."""

@@ -5,7 +5,16 @@ import pytest
 
 from delve_ray.errors import OptionError
 from delve_ray.storage import Storage
-from delve_ray.writers import check_save_to, make_writers
+from delve_ray.writers import (
+    Writer,
+    WriterRun,
+    check_save_to,
+    check_writer_args,
+    given_writers,
+    make_writers,
+)
+
+VALID = "'parquet', 'tensorboard', 'csv', 'console', 'wandb', 'mlflow'"
 
 
 @pytest.mark.parametrize(
@@ -19,28 +28,29 @@ from delve_ray.writers import check_save_to, make_writers
 )
 def test_names_and_their_order(save_to, names, tmp_path):
     assert check_save_to(save_to) == names
-    assert [writer.name for writer in make_writers(save_to, Storage(tmp_path))] == list(names)
+    assert [writer.name for writer in make_writers(names, WriterRun("run", Storage(tmp_path)))] == list(names)
 
 
-@pytest.mark.parametrize("name", ["csv", "npy", "console", "print", "plot"])
+@pytest.mark.parametrize("name", ["npy", "plot"])
 def test_writers_that_are_still_to_come(name):
     with pytest.raises(NotImplementedError, match=f"save_to='{name}' is not available yet.*'parquet', 'tensorboard'"):
         check_save_to(["parquet", name])
 
 
-@pytest.mark.parametrize(("name", "meant"), [("parqet", "parquet"), ("TensorBoard", "tensorboard")])
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("parqet", "parquet"), ("TensorBoard", "tensorboard"), ("wandbs", "wandb"), ("ml-flow", "mlflow")],
+)
 def test_a_misspelt_name(name, meant):
     with pytest.raises(OptionError) as raised:
         check_save_to(name)
-    assert str(raised.value) == (
-        f"save_to={name!r} is unknown; valid: 'parquet', 'tensorboard'. Did you mean {meant!r}?"
-    )
+    assert str(raised.value) == f"save_to={name!r} is unknown; valid: {VALID}. Did you mean {meant!r}?"
 
 
 def test_a_name_like_no_other():
     with pytest.raises(OptionError) as raised:
         check_save_to(["xyz"])
-    assert str(raised.value) == "save_to='xyz' is unknown; valid: 'parquet', 'tensorboard'."
+    assert str(raised.value) == f"save_to='xyz' is unknown; valid: {VALID}."
 
 
 @pytest.mark.parametrize("save_to", [[], (), None])
@@ -49,17 +59,122 @@ def test_nothing_to_write_to(save_to):
         check_save_to(save_to)
 
 
-@pytest.mark.parametrize("save_to", [object(), [object()], ["parquet", 3]])
-def test_writer_instances(save_to):
-    with pytest.raises(NotImplementedError, match="writer instances cannot be given yet"):
+class Keeping:
+    """A writer as others write them."""
+
+    def __init__(self, name="keeping", fails=None):
+        self.name, self.fails, self.calls = name, fails, []
+
+    def open(self, run):
+        self.calls.append(("open", run.run))
+        if self.fails:
+            raise self.fails
+
+    def write(self, window):
+        self.calls.append(("write", window.step))
+
+    def write_scalars(self, scalars):
+        self.calls.append(("scalars", len(scalars)))
+
+    def close(self):
+        self.calls.append(("close",))
+
+
+def test_delves_name_for_the_console():
+    assert check_save_to(["print", "console"]) == ("console",)
+    assert check_writer_args({"print": {"table": True}}, ("console",)) == {"console": {"table": True}}
+
+
+def test_an_object_beside_names(tmp_path):
+    writer = Keeping()
+    save_to = ["parquet", writer]
+    assert isinstance(writer, Writer)
+    assert check_save_to(save_to) == ("parquet", "keeping")
+    assert given_writers(save_to) == (writer,)
+    made = make_writers(("parquet", "keeping"), WriterRun("mine", Storage(tmp_path)), {}, (writer,))
+    assert made[1] is writer
+    assert writer.calls == [("open", "mine")]
+
+
+def test_what_one_writer_refuses_closes_the_others(tmp_path):
+    first, second = Keeping("first"), Keeping("second", fails=OptionError("not here"))
+    with pytest.raises(OptionError, match="not here"):
+        make_writers(("first", "second"), WriterRun("run", Storage(tmp_path)), {}, (first, second))
+    assert first.calls == [("open", "run"), ("close",)]
+
+
+@pytest.mark.parametrize(
+    ("save_to", "words"),
+    [
+        (object(), "is no writer, it lacks name, open, write, write_scalars, close"),
+        (["parquet", 3], "save_to=3 is no writer, it lacks name, open"),
+        (Keeping, "the class Keeping is no writer, it lacks name"),
+        (Keeping(name=""), "it lacks name"),
+        ([Keeping(), Keeping()], "two writers are called 'keeping'"),
+        ([Keeping("parquet")], "two writers are called 'parquet'"),
+    ],
+)
+def test_what_is_no_writer(save_to, words):
+    with pytest.raises(OptionError, match=words):
         check_save_to(save_to)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"project": "x"}, r"writer_args has 'project'; give options by the writer's name, such as \{'csv': "),
+        ({"wandb": {}}, "save_to has 'csv'"),
+        ({"csv": 3}, "writer_args has 'csv'"),
+        ("csv", "writer_args is a str"),
+    ],
+)
+def test_options_of_no_writer(args, words):
+    with pytest.raises(OptionError, match=words):
+        check_writer_args(args, ("csv",))
+
+
+def test_options_that_a_writer_does_not_take(tmp_path):
+    with pytest.raises(OptionError, match=r"writer_args=\{'console': \{'colour': 1\}\} does not fit: .*colour"):
+        make_writers(("console",), WriterRun("run", Storage(tmp_path)), {"console": {"colour": 1}})
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A package with writers, as pip would install it."""
+    (tmp_path / "own_writers.py").write_text(
+        "from tests.writers.test_writers import Keeping\n"
+        "def make(colour='red'):\n    writer = Keeping('whatever')\n    writer.colour = colour\n    return writer\n"
+    )
+    information = tmp_path / "own_writers-1.0.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: own-writers\nVersion: 1.0\n")
+    (information / "entry_points.txt").write_text(
+        "[delve_ray.writers]\nown = own_writers:make\nbroken = own_writers:absent\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_writer_of_another_package(package, tmp_path):
+    assert check_save_to(["parquet", "own"]) == ("parquet", "own")
+    run = WriterRun("run", Storage(tmp_path / "run"))
+    (writer,) = make_writers(("own",), run, {"own": {"colour": "blue"}})
+    assert (writer.name, writer.colour, writer.calls) == ("own", "blue", [("open", "run")])
+    with pytest.raises(OptionError, match="save_to='broken': the package that has it cannot be imported"):
+        make_writers(("broken",), run)
 
 
 def test_a_writer_imports_only_what_it_needs(tmp_path):
     code = (
-        "import sys; from delve_ray.writers import make_writers; from delve_ray.storage import Storage\n"
-        f"make_writers('parquet', Storage({str(tmp_path)!r}))\n"
-        "print(sorted({'torch', 'ray', 'tensorboardX'} & set(sys.modules)))"
+        "import sys; from delve_ray.writers import WriterRun, make_writers; from delve_ray.storage import Storage\n"
+        f"make_writers(['parquet', 'csv', 'console'], WriterRun('run', Storage({str(tmp_path)!r})))\n"
+        "print(sorted({'torch', 'ray', 'tensorboardX', 'wandb', 'mlflow'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(("name", "module"), [("wandb", "wandb"), ("mlflow", "mlflow.entities")])
+def test_a_writer_whose_package_is_missing(name, module, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(OptionError, match=rf"save_to='{name}' needs {name} .*pip install 'delve_ray\[{name}\]'"):
+        make_writers((name,), WriterRun("run", Storage(tmp_path)))
