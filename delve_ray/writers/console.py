@@ -1,0 +1,72 @@
+"""The console: a line per final window, or its whole table."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+
+from delve_ray.checks import check_flag
+from delve_ray.schema import LayerRow, PublishedWindow, window_metrics
+from delve_ray.writers.base import Scalar, WriterRun
+
+
+class ConsoleWriter:
+    """Prints final windows and user scalars to the standard output of the store's process.
+
+    Where the store is a Ray actor, Ray shows that in the driver's terminal, unless `log_to_driver` is off. A line tells
+    the mean saturation and the layers that have the lowest and the highest; with `table`, one follows per layer.
+    """
+
+    name = "console"
+
+    def __init__(self, table: bool = False) -> None:
+        self._table = check_flag("table", table)
+        self._run = ""
+
+    def open(self, run: WriterRun) -> None:
+        """Note the run's name."""
+        self._run = run.run
+
+    def write(self, window: PublishedWindow) -> None:
+        """Print a final window: a line for each of its phases."""
+        if not window.final:
+            return
+        metrics = window_metrics(window.rows)
+        lines = []
+        for phase in dict.fromkeys(row.phase for row in window.rows):
+            rows = [r for r in window.rows if r.phase == phase and math.isfinite(r.stats.get("saturation", math.nan))]
+            mean = metrics.get(f"saturation/{phase}/mean")
+            if mean is None:
+                continue
+            lowest, highest = (pick(rows, key=lambda row: row.stats["saturation"]) for pick in (min, max))
+            where = f"{self._run}  step {window.step}  {phase}"
+            lines.append(f"{where}: saturation {mean:.1%}, from {_told(lowest)} to {_told(highest)}")
+            if self._table:
+                lines += _layers(rows)
+        self._print(lines)
+
+    def write_scalars(self, scalars: list[Scalar]) -> None:
+        """Print user scalars."""
+        self._print([f"{self._run}  step {s.step}  {s.name}: {s.value:.6g}" for s in scalars])
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _print(self, lines: Sequence[str]) -> None:
+        if lines:
+            sys.stdout.write("\n".join(lines) + "\n")  # one call, so that other processes' lines stay outside
+            sys.stdout.flush()
+
+
+def _told(row: LayerRow) -> str:
+    return f"{row.layer} {row.stats['saturation']:.0%}"
+
+
+def _layers(rows: Sequence[LayerRow]) -> list[str]:
+    width = max(len(row.layer) for row in rows)
+    return [
+        f"  {row.layer:<{width}}  {row.stats['intrinsic_dimensionality']:>6.0f} of {row.features:<6}"
+        f"  {row.stats['saturation']:>6.1%}"
+        for row in rows
+    ]
