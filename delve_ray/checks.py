@@ -42,3 +42,13 @@ def check_name(option: str, value: object) -> str:
     if not isinstance(value, str) or not value:
         raise OptionError(f"{option}={value!r} must be a non-empty string")
     return value
+
+
+def check_number(option: str, value: object, name: str) -> float:
+    """What float() takes and float64 holds, other than text; `name` is what the value is called."""
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"{option}={value!r} of {name!r} must be a number that float64 can hold") from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,18 +16,27 @@ import torch.distributed
 
 from delve_ray.checks import check_integer, check_name
 from delve_ray.errors import OptionError, ReadError, RunEnded, StoreError
-from delve_ray.integrations.ray_train import current_worker, resolve_savefile
+from delve_ray.integrations.ray_train import TrainWorker, current_worker, resolve_savefile
+from delve_ray.integrations.trial import Trial, current_trial
 from delve_ray.precision import PRODUCT_EPS
 from delve_ray.recorder import RecorderOptions
 from delve_ray.stat_options import check_thresholds, resolve_stats
-from delve_ray.storage import Storage, absolute, check_savefile
+from delve_ray.storage import Storage, absolute, check_savefile, is_absolute
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import SNAPSHOT_EVERY_S, LayerInfo, Source, Store, StoreConfig, Welcome
 from delve_ray.store.run_file import read_run
-from delve_ray.writers import check_save_to
+from delve_ray.writers import SaveTo, check_save_to, check_writer_args, given_writers
 
 REGISTER_TIMEOUT_S = 60.0
 """How long a worker tries to register with a store that does not answer."""
+
+
+SAVEFILE = "saturation"
+"""Savefile of a Ray Train run or a trial that gives none, in the directory of its results."""
+LINGERS_S = 10.0
+"""For how long a driver of Ray Train may be behind its workers with their reports, and still hear of the metrics."""
+GONE_AFTER_S = 5.0
+"""A trial that is stopped is killed, and its name does not come back for long: soon after, its run is ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +50,14 @@ class Identity:
     savefile: str
     on_ray: bool
     rejoinable: bool
-    """Whether another attempt could join this run: nobody guesses a name that was made up."""
+    """Whether the run's store waits for another attempt: nobody guesses a name that was made up."""
     resume: bool = False
     """Whether a savefile that holds this run is gone on with."""
+    trial: Trial | None = None
+    in_train: bool = False
+    """Whether Ray Train has started it, whose driver hears of things later than the workers."""
+    in_thread: bool = False
+    """Whether the training may run in a thread of a process that outlives it, as Ray Tune has it."""
 
     def source(self) -> Source:
         """This worker as the store knows it."""
@@ -62,32 +77,36 @@ def identify(
     world_size: int | None,
     settings: StoreConfig | None = None,
     resume: bool | str | None = None,
+    trial: Trial | None = None,
 ) -> Identity:
-    """Who this worker is: what the user says, else Ray Train, else torch.distributed, else the only one.
+    """Who this worker is: what the user says, else Ray Train, Ray Tune, torch.distributed, else the only one.
 
-    `settings` are those of a store that was given; what the user leaves out is taken from there.
+    `settings` are those of a store that was given; what the user leaves out is taken from there. `trial` is the one
+    that this worker works for.
     Raises OptionError for a savefile that is no path, a rank outside the world, and ranks that could not meet.
     """
     if settings is not None:
         savefile = settings.savefile if savefile is None else savefile
         run, world_size = run or settings.run, _or(world_size, settings.world_size)
-    path = check_savefile(savefile)
-    worker = current_worker()
+    worker, trial = current_worker(), trial or current_trial()
+    path, at_home = _locate(savefile, trial or worker)
+    if resume is None and (at_home or trial is not None):
+        resume = True  # the same experiment, started again
     if worker is not None:
-        relative = path != (path := resolve_savefile(path, worker))
-        resume = relative if resume is None else resume  # the run's own directory: the same experiment, restarted
-        run, rank, world_size = run or worker.run, _or(rank, worker.rank), _or(world_size, worker.world_size)
-    elif torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank = _or(rank, torch.distributed.get_rank())
-        world_size = _or(world_size, torch.distributed.get_world_size())
+        run = run or (worker.run if trial is None else trial.run)
+        rank, world_size = _or(rank, worker.rank), _or(world_size, worker.world_size)
+    elif trial is not None:
+        run = run or trial.run
+    elif (launched := _launched()) is not None:
+        rank, world_size = _or(rank, launched[0]), _or(world_size, launched[1])
     rank, world_size = _or(rank, 0), _or(world_size, 1)
     world_size = check_integer("world_size", world_size, at_least=1)
     rank = check_integer("rank", rank)
     if rank >= world_size:
         raise OptionError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
-    path = absolute(path)
-    on_ray = ray_is_running()
-    rejoinable = True
+    on_ray = ray_is_running() or (world_size > 1 and _connect())
+    # A trial of one process that goes on is a new one: nothing waits for it.
+    rejoinable = trial is None or world_size > 1
     if run is None:
         if world_size > 1:
             raise OptionError(
@@ -100,7 +119,54 @@ def identify(
         rejoinable = False
     token = _token(resume, world_size) if worker is None or isinstance(resume, str) else worker.token
     resumes = bool(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
-    return Identity(check_name("run", run), rank, world_size, token, path, on_ray, rejoinable, resumes)
+    return Identity(
+        check_name("run", run),
+        rank,
+        world_size,
+        token,
+        path,
+        on_ray,
+        rejoinable,
+        resumes,
+        trial,
+        worker is not None,
+        worker is None and trial is not None,
+    )
+
+
+def _launched() -> tuple[int, int] | None:
+    """Rank and world size by torch.distributed, or as torchrun and its like tell them; None where nobody does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    told = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    return (int(told[0]), int(told[1])) if all(value.isdecimal() for value in told) else None
+
+
+def _connect() -> bool:
+    """Connect to the Ray cluster that RAY_ADDRESS names, as one of several processes that nobody else brings together.
+
+    Raises StoreError where it cannot be reached.
+    """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        return False
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise StoreError(f"RAY_ADDRESS={address!r}: there is no Ray cluster to meet in ({error})") from error
+    return True
+
+
+def _locate(savefile: object, home: Trial | TrainWorker | None) -> tuple[str, bool]:
+    """Where a savefile lies, absolute, and whether that is in the directory of the run's or the trial's results."""
+    if savefile is None and home is not None:
+        savefile = SAVEFILE
+    path = check_savefile(savefile)
+    if home is None or is_absolute(path):
+        return absolute(path), False
+    return resolve_savefile(path, home.storage_path, home.storage_filesystem), True
 
 
 def _token(resume: bool | str | None, world_size: int) -> str:
@@ -140,8 +206,9 @@ def join(identity: Identity, config: StoreConfig) -> tuple[Store, bool]:
     if not identity.on_ray:
         if identity.world_size > 1:
             raise OptionError(
-                f"world_size={identity.world_size} without Ray: call ray.init() before the tracker, in every rank and "
-                f"with the address of one cluster, or give a tracker to rank 0 alone, with world_size=1"
+                f"world_size={identity.world_size} without Ray: set RAY_ADDRESS, or call ray.init() before the "
+                f"tracker, in every rank and with the address of one cluster, or give a tracker to rank 0 alone, with "
+                f"world_size=1"
             )
         # It ends with this process.
         return CovarianceStore(replace(config, silent_after=0.0, snapshot_every=0.0)), True
@@ -167,10 +234,16 @@ def given_store(store: Any) -> Store:
 
 
 def publication(
-    identity: Identity, settings: StoreConfig | None, options: RecorderOptions, *, publish_every: float
+    identity: Identity,
+    settings: StoreConfig | None,
+    options: RecorderOptions,
+    *,
+    publish_every: float,
+    model: Mapping[str, int],
 ) -> StoreConfig:
     """How the run is published, before the user's own choices: like the given store, else by default."""
     config = settings or StoreConfig(run=identity.run, savefile=identity.savefile, world_size=identity.world_size)
+    trial = identity.trial
     return replace(
         config,
         run=identity.run,
@@ -179,7 +252,12 @@ def publication(
         resume=identity.resume,
         snapshot_every=SNAPSHOT_EVERY_S if settings is None else settings.snapshot_every,
         publish_every=publish_every,
+        model=model,
         product_eps=PRODUCT_EPS[options.products],
+        lingers=LINGERS_S if identity.in_train else config.lingers,
+        gone_after=config.gone_after if trial is None else GONE_AFTER_S,
+        trial=config.trial if trial is None else trial.id,
+        trial_config=config.trial_config if trial is None else trial.config,
         recording={
             **asdict(options.rows),
             "log_interval": options.log_interval,
@@ -195,7 +273,8 @@ def publication(
 def choose(
     config: StoreConfig,
     settings: StoreConfig | None,
-    save_to: str | Sequence[str] | None,
+    save_to: SaveTo | None,
+    writer_args: Mapping[str, Any] | None,
     stats: Sequence[str] | str | None,
     sat_threshold: float | Sequence[float] | None,
     *,
@@ -206,9 +285,12 @@ def choose(
     Raises OptionError for what cannot be used.
     """
     if nosave:
-        config = replace(config, save_to=())
+        config = replace(config, save_to=(), writers=())
     elif save_to is not None or settings is None:
-        config = replace(config, save_to=check_save_to(save_to if save_to is not None else ()))
+        save_to = save_to if save_to is not None else ()
+        config = replace(config, save_to=check_save_to(save_to), writers=given_writers(save_to))
+    if writer_args:
+        config = replace(config, writer_args=check_writer_args(writer_args, config.save_to))
     if stats is not None or settings is None:
         config = replace(config, stats=resolve_stats(stats))
     if sat_threshold is not None:
@@ -234,7 +316,7 @@ def enter(
             if given is not None or not identity.resume or not identity.on_ray or time.monotonic() >= deadline:
                 raise
             if identity.rank == 0 and store.progress().finished:
-                store.end(source)
+                store.abandon()
         except StoreError as error:
             if error.final or time.monotonic() >= deadline:
                 raise

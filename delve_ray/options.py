@@ -11,6 +11,7 @@ import torch
 
 from delve_ray.checks import check_integer
 from delve_ray.errors import OptionError
+from delve_ray.integrations.trial import Trial
 from delve_ray.layers import CONV_METHODS, INTERPOLATIONS, TIMESERIES_METHODS, RowOptions
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "tf32": torch.float32, "bfloat16": torch.float32}
@@ -89,6 +90,23 @@ def check_spill_dir(value: object) -> str | None:
     return os.path.abspath(os.path.expanduser(os.fsdecode(value)))
 
 
+def check_trial(value: object) -> Trial | None:
+    """A trial of a sweep, or None."""
+    if value is None or isinstance(value, Trial):
+        return value
+    raise OptionError(
+        f"trial={value!r} is no trial; in the function that Ray Tune runs, take "
+        f"delve_ray.integrations.tune.current_trial() and hand it to the trainer's workers"
+    )
+
+
+def check_state(state: object) -> int:
+    """The step that a state of `state_dict` says is next."""
+    if not isinstance(state, Mapping) or "next_step" not in state:
+        raise OptionError(f"state={state!r} is none that state_dict() made: it lacks 'next_step'")
+    return check_integer("next_step", state["next_step"])
+
+
 def check_mask_function(value: object) -> None:
     """A function of the model's inputs, or None."""
     if value is not None and not callable(value):
@@ -131,7 +149,6 @@ def check_device(value: Any) -> torch.device | None:
 def check_unbuilt(options: Mapping[str, Any]) -> None:
     """Refuse by name what is understood and not built; nothing passes silently."""
     unbuilt: dict[str, tuple[object, str]] = {
-        "writer_args": (None, "writers take no arguments"),
         "layerwise_sat": (True, "rows are always per layer, with the mean beside them"),
         "average_sat": (True, "the mean over layers is always published"),
         "reset_covariance": (True, "every window starts anew"),
@@ -140,5 +157,5 @@ def check_unbuilt(options: Mapping[str, Any]) -> None:
     }
     for option, (default, instead) in unbuilt.items():
         value = options[option]
-        if value != default and not (option == "writer_args" and value == {}):
+        if value != default:
             raise not_built(option, value, instead)

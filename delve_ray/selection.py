@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from delve_ray.errors import OptionError
@@ -311,3 +312,12 @@ def _report_untracked(everything: Mapping[str, nn.Module], tracked: Set[str]) ->
     if kinds:
         listed = ", ".join(f"{name} ({count})" for name, count in kinds.most_common())
         log.info("not recorded, as no adapter knows them: %s; name them in layers=[…] to record them", listed)
+
+
+def model_summary(modules: Modules | None) -> dict[str, int]:
+    """Numbers of the models' parameters, shared ones once; those whose shape a first forward tells are not counted."""
+    parameters = {id(p): p for _, root in root_modules(modules) for p in root.parameters() if not is_lazy(p)}
+    return {
+        "num_parameters": sum(p.numel() for p in parameters.values()),
+        "num_trainable_parameters": sum(p.numel() for p in parameters.values() if p.requires_grad),
+    }

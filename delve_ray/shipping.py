@@ -117,6 +117,11 @@ class Shipper:
             self._next_step = label + 1
             self._state.notify_all()
 
+    def number_from(self, step: int) -> None:
+        """The label of the next window that is given none."""
+        with self._state:
+            self._next_step = step
+
     def queue_live(self) -> None:
         """Hand over what was recorded so far without closing the window. Returns at once."""
         with self.recorder.lock, self._state:

@@ -20,6 +20,8 @@ Data: TypeAlias = "bytes | pa.Buffer | Iterable[bytes | pa.Buffer]"
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _PASSWORD = re.compile(r"(://[^/@:]*):[^/@]*@")
+_SCHEMES = {"s3": ("s3",), "gcs": ("gs",), "hdfs": ("hdfs",), "abfs": ("abfs", "abfss")}
+"""Of the filesystems that pyarrow opens by URI, by pyarrow's own name."""
 _HIDDEN = (".", "_")
 
 
@@ -40,6 +42,27 @@ def check_savefile(savefile: object) -> str:
 def absolute(savefile: str) -> str:
     """A checked savefile, made absolute where it is a path."""
     return savefile if _URI.match(savefile) else os.path.abspath(savefile)
+
+
+def is_absolute(savefile: str) -> bool:
+    """Whether a checked savefile means the same directory wherever it is read."""
+    return bool(_URI.match(savefile)) or os.path.isabs(savefile)
+
+
+def uri_of(filesystem: pafs.FileSystem, path: str) -> str | None:
+    """What opens `path` on `filesystem` in any process: a local path, or a URI; None where no URI says it all.
+
+    >>> uri_of(pafs.LocalFileSystem(), "/runs/a")
+    '/runs/a'
+    """
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        return os.path.abspath(path)
+    for scheme in _SCHEMES.get(filesystem.type_name, ()):
+        uri = f"{scheme}://{path}"
+        with suppress(OSError, ValueError, pa.ArrowException):
+            if pafs.FileSystem.from_uri(uri)[0].equals(filesystem):  # region, endpoint and keys, too
+                return uri
+    return None
 
 
 def masked(savefile: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,31 +16,29 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
-from delve_ray.checks import check_flag, check_integer, check_name, check_seconds
+from delve_ray.checks import check_flag, check_integer, check_name, check_number, check_seconds
 from delve_ray.connect import choose, enter, given_store, identify, publication
+from delve_ray.ending import close_with_thread, depart
 from delve_ray.errors import OptionError, StoreError
+from delve_ray.integrations.trial import Trial
 from delve_ray.masks import MaskFunction, check_mask
 from delve_ray.memory import fit_memory
 from delve_ray.options import (
-    check_device,
-    check_fraction,
     check_mask_function,
-    check_max_samples,
-    check_overhead,
-    check_precision,
     check_resume,
-    check_rows,
     check_spill_dir,
+    check_state,
+    check_trial,
     check_unbuilt,
 )
 from delve_ray.outbox import Outbox, spill_folder
-from delve_ray.recorder import Recorder, RecorderOptions
-from delve_ray.selection import LayerFilter, Modules, root_modules, select_layers
+from delve_ray.recorder import Recorder
+from delve_ray.recording import recorder_options
+from delve_ray.selection import LayerFilter, Modules, model_summary, root_modules, select_layers
 from delve_ray.shipping import Shipper
 from delve_ray.store.protocol import LayerInfo
-from delve_ray.undelivered import keep_undelivered
-from delve_ray.waiting import TELL_S, leave, wait_published
-from delve_ray.writers.base import Scalar
+from delve_ray.waiting import wait_metrics, wait_written
+from delve_ray.writers import SaveTo, Scalar
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +55,16 @@ class SaturationTracker:
     Forward hooks reduce each layer's output to moments on its device; a thread ships them to the run's
     covariance store, which publishes eigenspectrum metrics. The constructor has Delve's option names. The same
     line serves in every worker: inside Ray Train run, rank and world size are found, and all ranks meet in one
-    store; with Ray initialised a store is started in the cluster; without Ray it lives in the process.
+    store; each Ray Tune trial has its own; with Ray initialised a store is started in the cluster; without Ray it
+    lives in the process.
 
     Args:
         savefile: Directory of the run's files: a local path or a URI that pyarrow.fs opens. A relative path is
             meant from the working directory, in a Ray Train worker from the run's own directory under its
-            storage_path. A directory that holds a run already is refused.
-        save_to: "parquet", "tensorboard", or a list of these.
+            storage_path, in a Ray Tune trial from the trial's; there it may be left out. A directory that holds a run
+            already is refused.
+        save_to: "parquet", "tensorboard", "csv", "console", "wandb", "mlflow", a name that another package registers,
+            an object with the methods of `delve_ray.writers.Writer`, or a list of these.
         modules: The model, or a list or dict of models. Recorded are Linear, Bilinear, convolutions, recurrent
             layers, MultiheadAttention, embeddings, transformers' Conv1D and what `register_adapter` names.
         layers: Names of modules to record instead, any module, or patterns over names, in which "*" stands for
@@ -116,7 +116,10 @@ class SaturationTracker:
         max_overhead: Share of the training's time that the hooks may take, such as 0.02. Of each layer, forwards are
             chosen at random, and count as many times as there were for one that was chosen: nothing is biased, and
             `samples` says how many observations stand behind a row. Every window has some forward of each layer.
-        writer_args, layerwise_sat, average_sat, reset_covariance, verbose, name: Not built yet; another value raises.
+        trial: What `delve_ray.integrations.tune.current_trial()` says in a trial that starts a trainer, for the
+            trainer's workers: they record into the trial's directory, in one run. A trial itself is found.
+        writer_args: Options of the writers, by their names: {"wandb": {"project": "cnn"}}.
+        layerwise_sat, average_sat, reset_covariance, verbose, name: Not built yet; another value raises.
 
     Raises:
         OptionError: an option that cannot be used; it names the option, the value and what would be right.
@@ -138,7 +141,7 @@ class SaturationTracker:
     def __init__(
         self,
         savefile: str | os.PathLike[str] | None = None,
-        save_to: str | Sequence[str] | None = None,
+        save_to: SaveTo | None = None,
         modules: Modules | None = None,
         *,
         layer_filter: LayerFilter | None = None,
@@ -176,21 +179,10 @@ class SaturationTracker:
         resume: bool | str | None = None,
         spill_dir: str | os.PathLike[str] | None = None,
         name: str | None = None,
+        trial: Trial | None = None,
     ) -> None:
         check_unbuilt(locals())
-        options = RecorderOptions(
-            check_rows(conv_method, timeseries_method, interpolation_strategy, interpolation_downsampling),
-            log_interval=check_integer("log_interval", log_interval, at_least=1),
-            precision=check_precision(precision, device),
-            products=precision,
-            device=check_device(device),
-            max_samples=check_max_samples(max_samples),
-            sample_fraction=check_fraction("sample_fraction", sample_fraction),
-            seed=check_integer("seed", seed, at_least=0),
-            max_overhead=check_overhead(max_overhead),
-            max_features=check_integer("max_features", max_features, at_least=1),
-            max_memory=check_integer("max_memory", max_memory, at_least=1),
-        )
+        options = recorder_options(locals())
         live = check_seconds("publish_every", publish_every)
         first_step = check_integer("initial_epoch", initial_epoch, at_least=0)
         check_mask_function(mask)
@@ -206,9 +198,10 @@ class SaturationTracker:
         tracked = fit_memory(selected, max_features=options.max_features, max_memory=options.max_memory)
         given = None if store is None else given_store(store)
         settings = given.settings() if given is not None else None
-        identity = identify(savefile, run, rank, world_size, settings, check_resume(resume))
-        config = publication(identity, settings, options, publish_every=live)
-        config = choose(config, settings, save_to, stats, sat_threshold, nosave=check_flag("nosave", nosave))
+        identity = identify(savefile, run, rank, world_size, settings, check_resume(resume), check_trial(trial))
+        config = publication(identity, settings, options, publish_every=live, model=model_summary(modules))
+        unsaved = check_flag("nosave", nosave)
+        config = choose(config, settings, save_to, writer_args, stats, sat_threshold, nosave=unsaved)
         self._source = identity.source()
         self._recorder = Recorder(tracked, replace(options, seed=options.seed + self._source.rank))
         try:
@@ -238,6 +231,8 @@ class SaturationTracker:
         self._closed = False
         self._recorder.start()
         atexit.register(self.close)
+        if identity.in_thread:
+            close_with_thread(partial(self._close, CLOSE_TIMEOUT_S, completed=not self._rejoinable))
 
     # --- in the training loop ------------------------------------------------------------------------------
 
@@ -293,12 +288,7 @@ class SaturationTracker:
         """
         self._check_open("add_scalar")
         check_name("name", name)
-        try:
-            if isinstance(value, str | bytes):
-                raise TypeError
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            raise OptionError(f"value={value!r} of {name!r} must be a number that float64 can hold") from None
+        number = check_number("value", value, name)
         label = self._next_step if step is None else check_integer("step", step)
         self._shipper.add_scalar(Scalar(self._source.run, 0, self._source.rank, name, label, number, datetime.now(UTC)))
 
@@ -311,14 +301,9 @@ class SaturationTracker:
         default), naming the ranks that are missing.
         """
         limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
-        if not wait or self._closed:
-            return dict(self._shipper.metrics)
-        deadline = time.monotonic() + limit
-        if not self._shipper.flush(limit):
-            raise StoreError(self._shipper.lost or f"rank {self._source.rank} could not deliver within {limit:g} s")
-        progress = wait_published(self._store, self._source.run, self._shipper.windows, deadline, limit)
-        self._shipper.metrics = dict(progress.metrics)
-        return dict(progress.metrics)
+        if wait and not self._closed:
+            self._shipper.metrics = wait_metrics(self._shipper, limit)
+        return dict(self._shipper.metrics)
 
     def stop(self) -> None:
         """Record nothing until `resume()`."""
@@ -345,6 +330,36 @@ class SaturationTracker:
         """Names of the recorded layers, in network order."""
         return tuple(layer.name for layer in self._recorder.layers)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Where this tracker is in its run, for a checkpoint: plain values, the same in all ranks.
+
+        `load_state_dict` in a later attempt goes on numbering windows from there.
+        """
+        return {"run": self._source.run, "attempt": self._shipper.attempt, "next_step": self._next_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where a checkpoint was made: the next window without a step gets the one that was next then.
+
+        Call it before the first `add_saturations`. A run that goes on replaces the windows that it replays, and keeps
+        those before them. The state of another run numbers the windows of this one. Raises OptionError for what
+        `state_dict` did not make, StoreError behind a window that is closed already.
+
+        Example:
+            >>> with SaturationTracker("unused", modules=torch.nn.Linear(3, 2), nosave=True) as tracker:
+            ...     tracker.load_state_dict({"run": "cnn", "attempt": 0, "next_step": 7})
+            ...     tracker.state_dict()["next_step"]
+            7
+        """
+        self._check_open("load_state_dict")
+        step = check_state(state)
+        if self._closed_steps:
+            raise StoreError(
+                f"load_state_dict() after window {max(self._closed_steps.values())} was closed; load the state before "
+                f"the first add_saturations()"
+            )
+        self._next_step = step
+        self._shipper.number_from(step)
+
     # --- the end -------------------------------------------------------------------------------------------
 
     def flush(self, timeout: float | None = None) -> None:
@@ -354,10 +369,7 @@ class SaturationTracker:
         """
         self._check_open("flush")
         limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
-        deadline = time.monotonic() + limit
-        self._shipper.queue_live()
-        if not self._shipper.flush(limit) or not self._store.flush(max(0.0, deadline - time.monotonic())):
-            raise StoreError(self._shipper.lost or f"run {self._source.run!r} is not written after {limit:g} s")
+        wait_written(self._shipper, limit)
 
     def close(self, timeout: float | None = None) -> None:
         """Remove the hooks, deliver everything, and leave the run; the last rank to leave waits for its files.
@@ -379,20 +391,16 @@ class SaturationTracker:
         if self._closed or os.getpid() != self._source.pid:  # a forked child has no sender and nothing to deliver
             return
         self._closed = True
-        deadline = time.monotonic() + timeout
-        safe = False
         try:
-            self._recorder.close()
-            if completed and self._recorder.phases():
-                self._shipper.close_window(None)
-            elif self._recorder.phases():
-                self._shipper.queue_live()
-            if self._shipper.flush(timeout, tell_every=TELL_S):
-                safe = leave(self._shipper, deadline, completed=completed, rejoinable=self._rejoinable)
-        finally:  # also when Ctrl-C ends the waiting
-            self._shipper.stop()
-            if safe or keep_undelivered(self._shipper, self._config.savefile):
-                self._shipper.outbox.clear()
+            depart(
+                self._recorder,
+                self._shipper,
+                self._config.savefile,
+                timeout,
+                completed=completed,
+                rejoinable=self._rejoinable,
+            )
+        finally:
             atexit.unregister(self.close)
 
     def _check_open(self, method: str) -> None:

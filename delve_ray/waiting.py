@@ -17,6 +17,22 @@ _PAUSE_S = (0.01, 0.5)
 """First and longest pause between two questions to the store."""
 
 
+def wait_metrics(shipper: Shipper, timeout: float) -> dict[str, float]:
+    """The metrics that contain the window that this rank closed last. Raises StoreError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    if not shipper.flush(timeout):
+        raise StoreError(shipper.lost or f"rank {shipper.source.rank} could not deliver within {timeout:g} s")
+    return dict(wait_published(shipper.store, shipper.source.run, shipper.windows, deadline, timeout).metrics)
+
+
+def wait_written(shipper: Shipper, timeout: float) -> None:
+    """Wait until all that is recorded is in the files. Raises StoreError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    shipper.queue_live()
+    if not shipper.flush(timeout) or not shipper.store.flush(max(0.0, deadline - time.monotonic())):
+        raise StoreError(shipper.lost or f"run {shipper.source.run!r} is not written after {timeout:g} s")
+
+
 def wait_published(store: Store, run: str, windows: int, deadline: float, timeout: float) -> Progress:
     """Wait until so many windows of the attempt are published.
 

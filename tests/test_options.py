@@ -156,14 +156,12 @@ DEFAULTS: dict[str, Any] = {name: value.default for name, value in signature(Sat
 
 def test_defaults_pass() -> None:
     check_unbuilt(DEFAULTS)
-    check_unbuilt(DEFAULTS | {"writer_args": {}})
     check_unbuilt(DEFAULTS | {"log_interval": 3, "stats": ["lsat"], "something": "else"})
 
 
 @pytest.mark.parametrize(
     ("option", "value", "instead"),
     [
-        ("writer_args", {"x": 1}, "writers"),
         ("layerwise_sat", False, "per layer"),
         ("average_sat", False, "mean"),
         ("reset_covariance", False, "window"),

@@ -5,11 +5,13 @@ The only file that looks into Ray Train. `get_storage` is a developer API of Ray
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from dataclasses import dataclass
 from typing import Any
+
+from delve_ray.errors import OptionError
+from delve_ray.storage import is_absolute, uri_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,18 @@ def current_worker() -> TrainWorker | None:
     )
 
 
-def resolve_savefile(savefile: str, worker: TrainWorker) -> str:
-    """A savefile as seen from a Train worker: a relative one lies in the run's directory under its storage_path.
+def resolve_savefile(savefile: str, storage_path: str, storage_filesystem: Any) -> str:
+    """A savefile as seen from a Train worker or a trial: a relative one lies under the storage_path of its results.
 
-    A worker's working directory is inside Ray's session folder, which nobody finds again.
+    A worker's working directory is inside Ray's session folder, which nobody finds again. Raises OptionError where a
+    storage_filesystem was made by hand, as the store opens what it can name.
     """
-    if "://" in savefile or os.path.isabs(savefile):
+    if is_absolute(savefile):
         return savefile
-    if type(worker.storage_filesystem).__name__ != "LocalFileSystem":
-        raise NotImplementedError(
-            f"savefile={savefile!r} is relative and the run's storage_path not local; give an absolute path or a URI"
+    uri = uri_of(storage_filesystem, f"{storage_path.rstrip('/')}/{savefile}")
+    if uri is None:
+        raise OptionError(
+            f"savefile={savefile!r} is relative, and the storage_filesystem {storage_filesystem.type_name!r} of its "
+            f"results is none that a URI opens; give an absolute path or a URI"
         )
-    return os.path.join(worker.storage_path, savefile)
+    return uri

@@ -1,0 +1,59 @@
+"""The end of a worker's part in a run: by `close()`, by an exception, or with the thread that trains."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from delve_ray.recorder import Recorder
+from delve_ray.shipping import Shipper
+from delve_ray.undelivered import keep_undelivered
+from delve_ray.waiting import TELL_S, leave
+
+log = logging.getLogger(__name__)
+
+
+def depart(
+    recorder: Recorder, shipper: Shipper, savefile: str, timeout: float, *, completed: bool, rejoinable: bool
+) -> None:
+    """Remove the hooks, deliver what is there within `timeout` seconds and leave the run; keep what cannot be.
+
+    A worker that has `completed` closes its last window; another shows what it has of it, for where the run is
+    `rejoinable`, the next attempt goes on.
+    """
+    deadline = time.monotonic() + timeout
+    safe = False
+    try:
+        recorder.close()
+        if completed and recorder.phases():
+            shipper.close_window(None)
+        elif recorder.phases():
+            shipper.queue_live()
+        if shipper.flush(timeout, tell_every=TELL_S):
+            safe = leave(shipper, deadline, completed=completed, rejoinable=rejoinable)
+    finally:  # also when Ctrl-C ends the waiting
+        shipper.stop()
+        if safe or keep_undelivered(shipper, savefile):
+            shipper.outbox.clear()
+
+
+def close_with_thread(close: Callable[[], None]) -> None:
+    """Call `close` when the thread that calls this has ended; nothing in the main thread, whose end is the process's.
+
+    Ray Tune runs a training function in a thread, and may use the process for another trial then. A function that ends
+    by an exception, or is stopped by a scheduler, has not closed its tracker.
+    """
+    owner = threading.current_thread()
+    if owner is threading.main_thread():
+        return
+
+    def wait() -> None:
+        owner.join()
+        try:
+            close()
+        except Exception:
+            log.exception("a tracker whose training has ended could not be closed")
+
+    threading.Thread(target=wait, name="delve_ray-closer", daemon=True).start()
