@@ -25,7 +25,7 @@ install = echo 'Installing $(2) into $(1) (minutes, the first time)' && \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test test-fast lint bench profile build clean
+.PHONY: help demo examples test test-fast lint bench profile docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ bench: $(BENCH_VENV)/.stamp-bench ## measure against delve 0.1.50, in .venv-benc
 profile: $(BENCH_VENV)/.stamp-bench ## show where the time of the hooks goes; PROFILE_ARGS="…"
 	@$(BENCH_VENV)/bin/python -m tests.benchmarks.profile $(PROFILE_ARGS)
 
+docs: $(VENV)/.stamp-docs ## the API reference as HTML, into build/docs/
+	@$(VENV)/bin/python docs/reference.py build/docs
+	@echo "build/docs/index.html"
+
 build: $(VENV)/.stamp-build ## wheel and sdist, into dist/
 	@rm -rf dist
 	@$(VENV)/bin/python -m build --no-isolation --outdir dist .
@@ -76,7 +80,7 @@ clean: ## remove what make made: environments, builds, caches
 	@touch $@
 
 # The extra is the stamp's name.
-$(foreach extra,examples test lint,$(VENV)/.stamp-$(extra)): $(VENV)/.stamp-%: $(VENV)/.stamp-torch $(INPUTS)
+$(foreach extra,examples test lint docs,$(VENV)/.stamp-$(extra)): $(VENV)/.stamp-%: $(VENV)/.stamp-torch $(INPUTS)
 	@$(call install,$(VENV),-e ".[$*]")
 	@touch $@
 

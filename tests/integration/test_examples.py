@@ -12,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pytest
 
 from delve_ray import read_scalars, read_spectra
@@ -121,3 +122,36 @@ def test_no_ray(tmp_path):
     accuracies = check_run(output, run, workers=1)
     assert [100 * row["value"] for row in read_scalars(run).to_pylist()] == pytest.approx(accuracies, abs=0.06)
     assert (tmp_path / output.splitlines()[-1].split()[1]).samefile(run)
+
+
+def test_sweep(tmp_path):
+    output = run_example("sweep.py", tmp_path)
+    (sweep,) = (tmp_path / "runs").iterdir()
+    spectra = read_spectra(sweep)
+    assert len(set(spectra.column("run").to_pylist())) == 12
+    places = re.findall(
+        r"^ +(\d+)  (\w+_\d+) +([\d.]+) +([\d.]+) +([\d,]+)  width=(\d+) depth=(\d)$", output, re.MULTILINE
+    )
+    assert [int(place) for place, *_ in places] == list(range(1, 13))
+    _, trial, accuracy, saturation, parameters, width, depth = places[0]
+    assert f"Take width {width}, depth {depth}: " in output
+    rows = spectra.filter(pc.field("trial") == trial).to_pylist()
+    last = max(row["step"] for row in rows)
+    values = [row["saturation"] for row in rows if (row["phase"], row["step"]) == ("eval", last)]
+    assert float(saturation) == pytest.approx(sum(values) / len(values), abs=5e-5)
+    assert f"{parameters} parameters" in output
+    assert max(float(row[2]) for row in places) - float(accuracy) <= 0.0101
+    assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["torchrun.py", "with_accelerate.py"])
+def test_launchers(name, tmp_path):
+    if name == "with_accelerate.py":
+        pytest.importorskip("accelerate")
+    output = run_example(name, tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    spectra = read_spectra(run)
+    assert set(spectra.column("workers").to_pylist()) == {2}
+    assert set(spectra.column("step").to_pylist()) == set(range(EPOCHS))
+    assert set(spectra.column("samples").to_pylist()) == ({1792} if name == "torchrun.py" else {2 * 29 * 32})
+    assert layer_table(spectra) in output
