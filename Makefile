@@ -25,7 +25,7 @@ install = echo 'Installing $(2) into $(1) (minutes, the first time)' && \
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo examples test test-fast lint bench profile docs build clean
+.PHONY: help demo examples test test-fast test-versions lint bench profile docs build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,15 @@ test: $(VENV)/.stamp-test ## all tests; PYTEST_ARGS="-k moments" for some of the
 
 test-fast: $(VENV)/.stamp-test ## the tests that take no more than a few seconds
 	@$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-versions: ## the integration tests with other versions: RAY=2.51.0 TORCH=2.9.1
+	@test -n "$(RAY)" -a -n "$(TORCH)" || { echo "Say which: make test-versions RAY=2.51.0 TORCH=2.9.1" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv-ray$(RAY)-torch$(TORCH)
+	@echo 'Installing ray $(RAY) and torch $(TORCH) into .venv-ray$(RAY)-torch$(TORCH) (minutes)'
+	@.venv-ray$(RAY)-torch$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check torch==$(TORCH)
+	@.venv-ray$(RAY)-torch$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check \
+		torch==$(TORCH) 'ray[train,tune]==$(RAY)' -e '.[test]'
+	@.venv-ray$(RAY)-torch$(TORCH)/bin/python -m pytest tests/integration $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-lint ## ruff check, ruff format --check, mypy
 	@$(VENV)/bin/ruff check .
@@ -62,7 +71,7 @@ build: $(VENV)/.stamp-build ## wheel and sdist, into dist/
 	@$(VENV)/bin/python -m build --no-isolation --outdir dist .
 
 clean: ## remove what make made: environments, builds, caches
-	@rm -rf $(VENV) $(BENCH_VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(BENCH_VENV) .venv-ray* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find delve_ray tests examples -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # torch comes first and pinned, so that nothing else chooses its build.

@@ -20,7 +20,7 @@ _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 def _bases() -> tuple[type, ...]:
     """The Callback of the package that is in use; of both, where both are."""
-    used = [name for name in _PACKAGES if name in sys.modules]
+    used = [name for name in _PACKAGES if sys.modules.get(name) is not None]
     if not used:
         used = [name for name in _PACKAGES if find_spec(name.partition(".")[0]) is not None][:1]
     if not used:
