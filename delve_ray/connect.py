@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,6 +38,10 @@ LINGERS_S = 10.0
 """For how long a driver of Ray Train may be behind its workers with their reports, and still hear of the metrics."""
 GONE_AFTER_S = 5.0
 """A trial that is stopped is killed, and its name does not come back for long: soon after, its run is ended."""
+
+
+ENDING_S = 15.0
+"""How long a worker of a run that goes on looks past stores that have just ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +312,8 @@ def enter(
     Waits for a store that is being restarted, and, where the run is resumed, for one of the run's last life to go.
     Raises what `Store.register` raises; then a store that was started here is gone.
     """
-    deadline = time.monotonic() + REGISTER_TIMEOUT_S
+    began = time.monotonic()
+    deadline = began + REGISTER_TIMEOUT_S
     while True:
         store, ours = (given, False) if given is not None else join(identity, config)
         try:
@@ -315,13 +321,23 @@ def enter(
         except RunEnded:
             if given is not None or not identity.resume or not identity.on_ray or time.monotonic() >= deadline:
                 raise
-            if identity.rank == 0 and store.progress().finished:
-                store.abandon()
+            with suppress(StoreError):  # it may have ended meanwhile
+                if identity.rank == 0 and store.progress().finished:
+                    store.abandon()
         except StoreError as error:
-            if error.final or time.monotonic() >= deadline:
+            # One that has just ended may have been the last attempt's, in whose place there will be another.
+            ending = error.final and given is None and identity.on_ray and identity.resume
+            if time.monotonic() >= (began + ENDING_S if ending else deadline) or (error.final and not ending):
+                if ours:
+                    _abandon(store)
                 raise
         except BaseException:
             if ours:
-                store.abandon()
+                _abandon(store)
             raise
         time.sleep(0.5)
+
+
+def _abandon(store: Store) -> None:
+    with suppress(StoreError):
+        store.abandon()

@@ -39,15 +39,16 @@ def depart(
             shipper.outbox.clear()
 
 
-def close_with_thread(close: Callable[[], None]) -> None:
-    """Call `close` when the thread that calls this has ended; nothing in the main thread, whose end is the process's.
+def close_with_thread(close: Callable[[], None]) -> bool:
+    """Call `close` when the thread that calls this has ended; whether it will.
 
-    Ray Tune runs a training function in a thread, and may use the process for another trial then. A function that ends
-    by an exception, or is stopped by a scheduler, has not closed its tracker.
+    Not in the main thread, whose end is the process's. Ray Tune runs a training function in a thread, and may use the
+    process for another trial then. A function that ends by an exception, or is stopped by a scheduler, has not closed
+    its tracker.
     """
     owner = threading.current_thread()
     if owner is threading.main_thread():
-        return
+        return False
 
     def wait() -> None:
         owner.join()
@@ -57,3 +58,4 @@ def close_with_thread(close: Callable[[], None]) -> None:
             log.exception("a tracker whose training has ended could not be closed")
 
     threading.Thread(target=wait, name="delve_ray-closer", daemon=True).start()
+    return True

@@ -231,8 +231,8 @@ class SaturationTracker:
         self._closed = False
         self._recorder.start()
         atexit.register(self.close)
-        if identity.in_thread:
-            close_with_thread(partial(self._close, CLOSE_TIMEOUT_S, completed=not self._rejoinable))
+        closes = partial(self._close, CLOSE_TIMEOUT_S, completed=not self._rejoinable)
+        self._closed_by_thread = identity.in_thread and close_with_thread(closes)
 
     # --- in the training loop ------------------------------------------------------------------------------
 
@@ -385,6 +385,8 @@ class SaturationTracker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._closed_by_thread and kind is SystemExit:
+            return  # a trial is stopped, and has no time left: see close_with_thread
         self._close(CLOSE_TIMEOUT_S, completed=kind is None or not self._rejoinable)
 
     def _close(self, timeout: float, *, completed: bool) -> None:

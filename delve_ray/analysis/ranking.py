@@ -40,7 +40,7 @@ class TrialResult:
     trial: str
     config: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
-    path: str | None = None
+    path: str | Storage | None = None
     failed: bool = False
 
 
@@ -91,26 +91,36 @@ def rank_trials(
             f"reported: {', '.join(keys) or 'nothing'}"
         )
     sign, by_sign = (1 if value == "max" else -1 for value in (mode, by_mode))
-    best = max(sign * trial.metrics[accuracy] for trial in ranked)
+    best = max(sign * _number(trial, accuracy) for trial in ranked)
     rows = []
     for trial in ranked:
-        distance = best - sign * trial.metrics[accuracy]
+        distance = best - sign * _number(trial, accuracy)
         contender = distance <= within + 1e-12  # 0.99 − 0.98 is more than 0.01
         parameters, wasted = _of_run(trial.path, by)
         many = math.inf if parameters is None else parameters
-        metric = by_sign * trial.metrics[by]
+        metric = by_sign * _number(trial, by)
         order = (not contender, -metric if contender else distance, many if contender else -metric, trial.trial)
         rows.append((order, trial, contender, parameters, wasted))
     rows.sort(key=lambda row: row[0])
     return _table(rows, by, accuracy, [trial.trial for trial in trials if trial not in ranked])
 
 
+def _number(trial: TrialResult, key: str) -> float:
+    """A metric as Python's float, also where numpy or torch made it; NaN where there is none."""
+    value: Any = trial.metrics.get(key)
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        return math.nan
+
+
 def _has(trial: TrialResult, key: str) -> bool:
-    value = trial.metrics.get(key)
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return math.isfinite(_number(trial, key))
 
 
-def _of_run(path: str | None, by: str) -> tuple[int | None, list[dict[str, Any]]]:
+def _of_run(path: str | Storage | None, by: str) -> tuple[int | None, list[dict[str, Any]]]:
     """The number of parameters and the layers that waste most, from the files of a trial; nothing where it has none."""
     try:
         run = find_runs(path or ())[0]
@@ -145,13 +155,14 @@ def _table(rows: Sequence[tuple[Any, ...]], by: str, accuracy: str, left_out: Se
         "contender": pa.array([contender for _, _, contender, *_ in rows]),
     }
     for key in dict.fromkeys((by, accuracy)):
-        columns[key] = pa.array([float(trial.metrics[key]) for trial in trials])
+        columns[key] = pa.array([_number(trial, key) for trial in trials])
     columns["num_parameters"] = pa.array([parameters for *_, parameters, _ in rows], pa.int64())
     configs = [flatten(trial.config) for trial in trials]
     for key in dict.fromkeys(key for config in configs for key in config):
         columns[f"config/{key}"] = _array([config.get(key) for config in configs])
     columns["wasted"] = pa.array([wasted for *_, wasted in rows], WASTED)
-    columns["path"] = pa.array([trial.path for trial in trials], pa.string())
+    paths = [trial.path.uri if isinstance(trial.path, Storage) else trial.path for trial in trials]
+    columns["path"] = pa.array(paths, pa.string())
     return pa.table(columns).replace_schema_metadata({"left_out": "\n".join(left_out)})
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+import torch
+
 from delve_ray.checks import check_integer
-from delve_ray.integrations.keys import Patterns, check_patterns, select
-from delve_ray.integrations.ray_train import current_worker
+from delve_ray.errors import StoreError
+from delve_ray.integrations.fits import free_savefile, on_ray, published, writers
+from delve_ray.integrations.keys import Patterns, check_patterns
 from delve_ray.tracker import SaturationTracker
 from delve_ray.writers import SaveTo
 
@@ -37,9 +41,9 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
     Train's workers, where run and ranks are found. Validation's sanity check is not recorded.
 
     Args:
-        savefile: Directory of the run's files; by default `saturation` in the Trainer's `log_dir`, in a Ray Train
-            worker in the run's own directory.
-        save_to: As `SaturationTracker` takes it.
+        savefile: Directory of the run's files; by default `saturation` in the Trainer's `log_dir`, `saturation-1` for a
+            second fit there, and so on; in Ray Train and Ray Tune in the directory of the run's or the trial's results.
+        save_to: As `SaturationTracker` takes it; by default Parquet and TensorBoard.
         every_n_steps: Close a window after every so many optimizer steps, instead of every epoch.
         metrics: Patterns over metric keys that are logged at the end of each window, to the Trainer's loggers and its
             `callback_metrics`, where EarlyStopping, ModelCheckpoint and Ray Train's report callback find them; those
@@ -59,7 +63,7 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
     def __init__(
         self,
         savefile: str | os.PathLike[str] | None = None,
-        save_to: SaveTo = ("parquet", "tensorboard"),
+        save_to: SaveTo | None = None,
         *,
         every_n_steps: int | None = None,
         metrics: Patterns | None = "*",
@@ -71,19 +75,28 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
         self._every = None if every_n_steps is None else check_integer("every_n_steps", every_n_steps, at_least=1)
         self._patterns = None if metrics is None else check_patterns(metrics)
         self._state: Mapping[str, Any] = {}
+        self._resumes = False  # whether the state was loaded for the fit that begins next
+        self._last = -1  # the step of the last window of this fit
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to record."""
         self._close()
         options = dict(self._options)
         savefile = self._savefile
-        if current_worker() is None:
+        if not on_ray():
             folder = trainer.log_dir or trainer.default_root_dir  # the same in all ranks
-            savefile = savefile if savefile is not None else os.path.join(folder, "saturation")
+            if savefile is None and trainer.world_size == 1:
+                savefile = free_savefile(folder, again=self._resumes)
+                options = {"resume": self._resumes, **options}
+            elif savefile is None:
+                savefile = os.path.join(folder, "saturation")
             options = {"rank": trainer.global_rank, "world_size": trainer.world_size, **options}
-        self.tracker = SaturationTracker(savefile, self._save_to, pl_module, **options)
-        if self._state:
+        if trainer.fast_dev_run:
+            options["nosave"] = True
+        self.tracker = SaturationTracker(savefile, writers(self._save_to), pl_module, **options)
+        if self._resumes:
             self.tracker.load_state_dict(self._state)
+        self._resumes, self._last = False, -1
 
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
         """Leave the sanity check out."""
@@ -93,20 +106,32 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
         """Record from here on."""
         if self.tracker is not None:
-            self.tracker.resume()
+            with suppress(StoreError):  # nothing can be delivered, which was said
+                self.tracker.resume()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Count steps from here; a fit that is resumed has some already."""
+        if self._every is not None:
+            self._last = trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *batch: Any) -> None:
         """Close a window, if it is time."""
-        if self._every is not None and trainer.global_step % self._every == 0:
-            self._close_window(pl_module, trainer.global_step)
+        if self._every is None or trainer.global_step - self._last < self._every:
+            return
+        metrics = self._close_window(trainer.global_step)
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=trainer.global_step)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the epoch's window; its validation is over."""
-        if self._every is None:
-            self._close_window(pl_module, trainer.current_epoch)
+        if self._every is None and (metrics := self._close_window(trainer.current_epoch)):
+            pl_module.log_dict(metrics, on_step=False, on_epoch=True)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Deliver the rest and leave the run."""
+        if self.tracker is not None and self._every is not None and trainer.global_step > self._last:
+            self._close_window(trainer.global_step)
         self._close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
@@ -121,14 +146,15 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From Lightning's checkpoints, before the fit begins."""
-        self._state = dict(state_dict)
+        self._state, self._resumes = dict(state_dict), bool(state_dict)
 
-    def _close_window(self, pl_module: Any, step: int) -> None:
-        if self.tracker is None or self.tracker.state_dict()["next_step"] > step:  # closed at this step already
-            return
+    def _close_window(self, step: int) -> dict[str, float]:
+        """Close the window once; the metrics to log, if any."""
+        if self.tracker is None or step <= self._last:
+            return {}
+        self._last = step
         self.tracker.add_saturations(step=step)
-        if self._patterns is not None:
-            pl_module.log_dict(select(self.tracker.metrics(wait=True), self._patterns), on_step=False, on_epoch=True)
+        return {} if self._patterns is None else published(self.tracker, self._patterns)
 
     def _close(self) -> None:
         tracker, self.tracker = self.tracker, None

@@ -43,10 +43,10 @@ def current_worker() -> TrainWorker | None:
             warnings.simplefilter("error", DeprecationWarning)
             context: Any = ray.train.get_context()
             rank, world_size = int(context.get_world_rank()), int(context.get_world_size())
-    except (RuntimeError, DeprecationWarning):
+            storage = context.get_storage()
+    except (RuntimeError, DeprecationWarning, NotImplementedError):  # the last in Ray Train's local mode: no cluster
         return None
     group = ray.util.get_current_placement_group()
-    storage = context.get_storage()
     return TrainWorker(
         run=str(context.get_experiment_name()),
         rank=rank,

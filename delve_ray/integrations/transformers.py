@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from delve_ray.checks import check_integer
-from delve_ray.integrations.keys import Patterns, check_patterns, select
-from delve_ray.integrations.ray_train import current_worker
+from delve_ray.integrations.fits import free_savefile, on_ray, published, writers
+from delve_ray.integrations.keys import Patterns, check_patterns
 from delve_ray.tracker import SaturationTracker
 from delve_ray.writers import SaveTo
 
@@ -17,6 +18,9 @@ except ImportError as error:
     raise ImportError(
         f"the Transformers callback needs transformers ({error}): pip install 'delve_ray[transformers]'"
     ) from error
+
+
+log = logging.getLogger(__name__)
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Any:
@@ -33,9 +37,10 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
     in Ray Train's workers.
 
     Args:
-        savefile: Directory of the run's files; by default `saturation` in the Trainer's `output_dir`, in a Ray Train
-            worker in the run's own directory.
-        save_to: As `SaturationTracker` takes it.
+        savefile: Directory of the run's files; by default `saturation` in the Trainer's `output_dir`, `saturation-1`
+            for a second training there, and so on; in Ray Train and Ray Tune in the directory of the run's or the
+            trial's results.
+        save_to: As `SaturationTracker` takes it; by default Parquet and TensorBoard.
         every_n_steps: Close a window after every so many optimizer steps instead.
         metrics: Patterns over metric keys that are added to the Trainer's `state.log_history` at the end of each
             window, where Ray Train's report callback finds them; it stands behind this one. None adds nothing, and
@@ -54,7 +59,7 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         savefile: str | os.PathLike[str] | None = None,
-        save_to: SaveTo = ("parquet", "tensorboard"),
+        save_to: SaveTo | None = None,
         *,
         every_n_steps: int | None = None,
         metrics: Patterns | None = "*",
@@ -64,29 +69,43 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
         self._savefile, self._save_to, self._options = savefile, save_to, options
         self._every = None if every_n_steps is None else check_integer("every_n_steps", every_n_steps, at_least=1)
         self._patterns = None if metrics is None else check_patterns(metrics)
+        self._last = 0  # the step of the last window
+        self._evaluated = False  # whether an evaluation is in the open window, of which there may be several
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to record."""
         self._close()
-        options = {"mask": attention_mask, **self._options}
+        model, options = kwargs["model"], dict(self._options)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            log.info("the attention mask is that of the encoder alone: padding counts; give mask= to leave it out")
+        else:
+            options = {"mask": attention_mask, **options}
         savefile = self._savefile
-        if current_worker() is None:
-            savefile = savefile if savefile is not None else os.path.join(args.output_dir, "saturation")
-            if args.world_size > 1:
-                options = {"run": args.run_name or os.path.basename(os.path.abspath(args.output_dir)), **options}
-            elif state.global_step:  # it was resumed from a checkpoint
-                options = {"resume": True, **options}
-        self.tracker = SaturationTracker(savefile, self._save_to, kwargs["model"], **options)
+        if not on_ray():
+            options = _resuming(args, state.global_step) | options
+            if savefile is None and args.world_size == 1:
+                savefile = free_savefile(args.output_dir, again=bool(state.global_step))
+            elif savefile is None:
+                savefile = os.path.join(args.output_dir, "saturation")
+        self.tracker = SaturationTracker(savefile, writers(self._save_to), model, **options)
+        self._last, self._evaluated = int(state.global_step), False
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the window that has ended with evaluations."""
+        self._end_evaluations(state)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close a window, if it is time."""
-        if self._every is not None and state.global_step % self._every == 0:
+        if self._every is not None and state.global_step - self._last >= self._every:
             self._close_window(state)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the window that ends with an evaluation."""
-        if self._every is None:
-            self._close_window(state)
+        """Note that an evaluation is over; another one may follow, of another dataset."""
+        self._evaluated = self._every is None
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the window that has ended with evaluations, before its metrics are reported with the checkpoint."""
+        self._end_evaluations(state)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Close an epoch's window, where no evaluation does."""
@@ -95,18 +114,36 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Deliver the rest and leave the run."""
+        self._end_evaluations(state)
+        self._close_window(state)
         self._close()
+
+    def _end_evaluations(self, state: Any) -> None:
+        if self._evaluated:
+            self._close_window(state)
+        self._evaluated = False
 
     def _close_window(self, state: Any) -> None:
         step = int(state.global_step)
-        if self.tracker is None or self.tracker.state_dict()["next_step"] > step:  # closed at this step already
+        if self.tracker is None or step <= self._last:
             return
+        self._last = step
         self.tracker.add_saturations(step=step)
         if self._patterns is not None:
-            metrics = select(self.tracker.metrics(wait=True), self._patterns)
-            state.log_history.append({**metrics, "epoch": state.epoch, "step": step})
+            state.log_history.append({**published(self.tracker, self._patterns), "epoch": state.epoch, "step": step})
 
     def _close(self) -> None:
         tracker, self.tracker = self.tracker, None
         if tracker is not None:
             tracker.close()
+
+
+def _resuming(args: Any, step: int) -> dict[str, Any]:
+    """The options by which the ranks of a training meet, and by which one that goes on from `step` says so."""
+    options: dict[str, Any] = {}
+    if args.world_size > 1:
+        options["run"] = args.run_name or os.path.basename(os.path.abspath(args.output_dir))
+    if step:  # torchrun tells the ranks of an attempt what they share
+        alone = args.world_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ
+        options["resume"] = True if alone else f"from step {step}"
+    return options

@@ -16,6 +16,7 @@ from delve_ray.analysis.ranking_table import ranking_table
 from delve_ray.configs import plain
 from delve_ray.errors import OptionError
 from delve_ray.integrations.trial import Trial, current_trial
+from delve_ray.storage import Storage
 
 __all__ = ["Trial", "current_trial", "rank", "ranking_table"]
 
@@ -53,11 +54,13 @@ def rank(
 
 def _trials(results: Iterable[Any]) -> Iterator[TrialResult]:
     try:
-        found = [(r.path, r.metrics, r.config, r.error) for r in results]
+        found = [(r.path, r.filesystem, r.metrics, r.config, r.error) for r in results]
     except (TypeError, AttributeError):
         raise OptionError(
             f"results is a {type(results).__name__}, not the ResultGrid that Tuner.fit() returns"
         ) from None
-    for path, metrics, config, error in found:
+    for path, filesystem, metrics, config, error in found:
         name = (metrics or {}).get("trial_id") or os.path.basename(str(path).rstrip("/"))
-        yield TrialResult(str(name), plain(config or {}), metrics or {}, path, failed=error is not None)
+        yield TrialResult(
+            str(name), plain(config or {}), metrics or {}, Storage(path, filesystem), failed=error is not None
+        )

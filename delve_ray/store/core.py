@@ -80,6 +80,9 @@ class CovarianceStore(WindowStore):
             if self.publisher is None:
                 own = self.config
                 own = replace(own, recording=own.recording or config.recording, model=own.model or config.model)
+                own = replace(
+                    own, trial=own.trial or config.trial, trial_config=own.trial_config or config.trial_config
+                )
                 self._open(own, layers)
                 current = self.attempts[-1] if self.attempts else None
             begins = current is None or current.token != source.token

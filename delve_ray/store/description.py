@@ -29,6 +29,8 @@ def config_difference(known: StoreConfig, other: StoreConfig, rank: int) -> str 
     """In words, why a worker's options do not fit the run's; None where they do."""
     for name in SAME_FOR_ALL:
         mine, theirs = getattr(known, name), getattr(other, name)
+        if name == "trial" and None in (mine, theirs):  # the store was started by hand, or the worker elsewhere
+            continue
         if mine != theirs:
             option = {"product_eps": "the epsilon of precision", "threshold": "sat_threshold"}.get(name, name)
             return (

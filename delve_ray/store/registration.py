@@ -13,7 +13,7 @@ from delve_ray.store.description import config_difference, layer_difference
 from delve_ray.store.processes import started
 from delve_ray.store.protocol import Held, LayerInfo, Source, StoreConfig
 from delve_ray.store.run_file import RunFile
-from delve_ray.writers import Writer, WriterRun, make_writers
+from delve_ray.writers import Writer, WriterRun, make_writers, open_writers
 
 if TYPE_CHECKING:
     from delve_ray.store.core import CovarianceStore
@@ -92,14 +92,16 @@ def admit(attempt: Attempt, source: Source, held: Held | None) -> Member:
 
 
 def prepare(
-    config: StoreConfig, layers: Sequence[LayerInfo], given: Sequence[Writer] | None
+    config: StoreConfig, layers: Sequence[LayerInfo], given: Sequence[Writer] | None, *, later: bool = False
 ) -> tuple[RunFile | None, Sequence[Writer]]:
-    """The run's file and its writers. On an error nothing has been started. Raises OptionError, RegistrationError."""
+    """The run's file and its writers; `later`, see `open_writers`. On an error nothing has been started, nor written.
+
+    Raises OptionError, RegistrationError.
+    """
     if given is not None or not config.save_to:
         return None, given or ()
     storage = Storage(config.savefile)
     storage.prepare()
-    run_file = RunFile(storage, config, layers)
     run = WriterRun(
         config.run,
         storage,
@@ -107,4 +109,10 @@ def prepare(
         None if config.trial_config is None else json.loads(config.trial_config),
         config.model,
     )
-    return run_file, make_writers(config.save_to, run, config.writer_args, config.writers)
+    writers = make_writers(config.save_to, run, config.writer_args, config.writers)
+    run_file = RunFile(storage, config, layers)
+    try:
+        return run_file, open_writers(writers, run, later=later)
+    except BaseException:
+        run_file.undo()
+        raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -52,7 +53,8 @@ class RunFile:
         self._content = _describe(storage, config, layers)
         self._dirty = False
         self._failing = False
-        if not storage.write_new(NAME, self._bytes()):
+        self._new = storage.write_new(NAME, self._bytes())
+        if not self._new:
             if not config.resume:
                 raise OptionError(
                     f"savefile={storage.uri!r} holds a run already; choose another savefile, remove that one, or go on "
@@ -79,6 +81,12 @@ class RunFile:
         self._content["created"] = before.get("created", self._content["created"])
         self._content["attempts"] = list(before.get("attempts", []))
         self._dirty = True
+
+    def undo(self) -> None:
+        """Remove the file again, if it was not there before: the run does not begin."""
+        if self._new:
+            with contextlib.suppress(OSError):
+                self._storage.delete(NAME)
 
     @property
     def attempts(self) -> int:

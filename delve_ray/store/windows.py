@@ -81,7 +81,7 @@ class WindowStore:
 
     def _open(self, config: StoreConfig, layers: Sequence[LayerInfo], state: State | None = None) -> None:
         """Prepare the savefile and start publishing, from a state if there is one; on an error nothing is started."""
-        run_file, writers = registration.prepare(config, layers, self._given_writers)
+        run_file, writers = registration.prepare(config, layers, self._given_writers, later=state is not None)
         if state is None and config.resume and config.save_to and self._given_writers is None:
             state = (self.saver or Saver(Storage(config.savefile), 0.0)).load()
             state = None if state is None else state.closed()

@@ -6,6 +6,7 @@ group `delve_ray.writers` names a class, or a function, that makes a writer from
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -13,6 +14,7 @@ from importlib.metadata import entry_points
 from typing import Any, TypeAlias
 
 from delve_ray.errors import DelveRayError, OptionError
+from delve_ray.schema import PublishedWindow
 from delve_ray.writers.base import Scalar, Writer, WriterRun
 
 __all__ = [
@@ -24,7 +26,10 @@ __all__ = [
     "check_writer_args",
     "given_writers",
     "make_writers",
+    "open_writers",
 ]
+
+log = logging.getLogger(__name__)
 
 BUILT_IN = {
     "parquet": "delve_ray.writers.parquet:ParquetWriter",
@@ -101,31 +106,77 @@ def make_writers(
     args: Mapping[str, Mapping[str, Any]] | None = None,
     given: Sequence[Writer] = (),
 ) -> list[Writer]:
-    """One open writer for each name in `save_to`: of that name among `given`, or made from its options in `args`.
+    """One writer for each name in `save_to`: of that name among `given`, or made from its options in `args`.
 
-    Raises what `check_save_to` raises, OptionError for options that a writer does not take, and what its `open` does.
+    `open_writers` opens them. Raises what `check_save_to` raises, and OptionError for options that a writer does not
+    take.
     """
     objects = {writer.name: writer for writer in given}
-    writers: list[Writer] = []
+    return [
+        objects[name] if name in objects else _make(_checked(name), (args or {}).get(name, {}), run) for name in save_to
+    ]
+
+
+def open_writers(writers: Sequence[Writer], run: WriterRun, *, later: bool = False) -> list[Writer]:
+    """Open writers; where one refuses, those before it are closed.
+
+    With `later`, as for a store that goes on with a run, one that cannot be opened is opened with its first write, and
+    until then it is like one whose destination is away. Raises what they raise; OptionError for errors of their own.
+    """
+    opened: list[Writer] = []
     try:
-        for name in save_to:
-            writers.append(objects[name] if name in objects else _make(_checked(name), (args or {}).get(name, {}), run))
-            _open(writers[-1], run)
+        for writer in writers:
+            try:
+                writer.open(run)
+            except Exception as error:
+                if not later:
+                    raise _refused(writer, error) from error
+                log.error("writer %s cannot be opened, which is tried again: %s", writer.name, error)
+                writer = Unopened(writer, run)
+            opened.append(writer)
     except BaseException:
-        for writer in writers[:-1]:
+        for writer in opened:
             writer.close()
         raise
-    return writers
+    return opened
 
 
-def _open(writer: Writer, run: WriterRun) -> None:
-    """Open a writer; what it raises of its own says which one it was."""
-    try:
-        writer.open(run)
-    except (DelveRayError, NotImplementedError):
-        raise
-    except Exception as error:
-        raise OptionError(f"save_to={writer.name!r} cannot begin: {type(error).__name__}: {error}") from error
+def _refused(writer: Writer, error: Exception) -> Exception:
+    if isinstance(error, DelveRayError | NotImplementedError):
+        return error
+    return OptionError(f"save_to={writer.name!r} cannot begin: {type(error).__name__}: {error}")
+
+
+class Unopened:
+    """A writer that could not be opened: each call tries again, and fails as a destination does that is away."""
+
+    def __init__(self, writer: Writer, run: WriterRun) -> None:
+        self.name = writer.name
+        self._writer, self._run, self._open = writer, run, False
+
+    def open(self, run: WriterRun) -> None:
+        """Open the writer, if it is not open."""
+        if not self._open:
+            try:
+                self._writer.open(run)
+            except Exception as error:
+                raise OSError(f"it cannot be opened: {error}") from error
+            self._open = True
+
+    def write(self, window: PublishedWindow) -> None:
+        """See `Writer`."""
+        self.open(self._run)
+        self._writer.write(window)
+
+    def write_scalars(self, scalars: list[Scalar]) -> None:
+        """See `Writer`."""
+        self.open(self._run)
+        self._writer.write_scalars(scalars)
+
+    def close(self) -> None:
+        """See `Writer`."""
+        if self._open:
+            self._writer.close()
 
 
 def available() -> tuple[str, ...]:

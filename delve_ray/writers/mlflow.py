@@ -54,8 +54,7 @@ class MlflowWriter:
         if self._run_id is not None:
             self._client.get_run(self._run_id)
             return
-        found = self._client.get_experiment_by_name(self._experiment)
-        number = self._client.create_experiment(self._experiment) if found is None else found.experiment_id
+        number = self._find_experiment()
         tags = {"savefile": run.storage.uri, **({"trial": run.trial} if run.trial else {}), **(self._tags or {})}
         self._run_id = self._client.create_run(number, run_name=run.run, tags=tags).info.run_id
         remember(run, self.name, self._run_id)
@@ -64,6 +63,20 @@ class MlflowWriter:
             self._client.log_batch(
                 self._run_id, params=[Param(_FORBIDDEN.sub("_", k), str(v)) for k, v in parameters.items()]
             )
+
+    def _find_experiment(self) -> str:
+        """The experiment's id; it is made if there is none, which another trial may do at the same time."""
+        from mlflow.exceptions import MlflowException
+
+        found = self._client.get_experiment_by_name(self._experiment)
+        if found is None:
+            try:
+                return str(self._client.create_experiment(self._experiment))
+            except MlflowException:
+                found = self._client.get_experiment_by_name(self._experiment)
+                if found is None:
+                    raise
+        return str(found.experiment_id)
 
     def write(self, window: PublishedWindow) -> None:
         """Log a final window."""
@@ -82,7 +95,13 @@ class MlflowWriter:
 
     def _log(self, metrics: Iterable[tuple[str, float, int, int]]) -> None:
         from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
 
         entities = [Metric(_FORBIDDEN.sub("_", key), value, time, step) for key, value, time, step in metrics]
         for start in range(0, len(entities), BATCH):
-            self._client.log_batch(self._run_id, metrics=entities[start : start + BATCH])
+            try:
+                self._client.log_batch(self._run_id, metrics=entities[start : start + BATCH])
+            except MlflowException as error:
+                if error.get_http_status_code() >= 500:  # a server that is away, too; in time it is there again
+                    raise OSError(f"MLflow does not take metrics: {error}") from error
+                raise

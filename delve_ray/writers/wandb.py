@@ -15,6 +15,10 @@ STEP = "delve_ray/step"
 """The metric that all others are drawn against: windows and scalars need not come in the order of their steps."""
 
 
+INIT_S = 30.0
+"""How long W&B may take to begin a run, while the workers wait for their store."""
+
+
 class WandbWriter:
     """Logs final windows and user scalars to a Weights & Biases run of its own, named as the run.
 
@@ -41,6 +45,7 @@ class WandbWriter:
         else:
             folder = tempfile.mkdtemp(prefix="delve_ray-wandb-")
         options = {"dir": folder, "name": run.run, "reinit": "create_new", "resume": "allow", **self._options}
+        options.setdefault("settings", wandb.Settings(init_timeout=INIT_S))
         options.setdefault("id", remembered(run, self.name) or uuid.uuid4().hex)
         remember(run, self.name, options["id"])
         config = {**dict(run.trial_config or {}), "model": dict(run.model), **dict(options.pop("config", None) or {})}

@@ -127,6 +127,20 @@ def test_configs_of_all_shapes():
     assert (first["config/mixed"], second["config/mixed"]) == ("1", "x")
 
 
+def test_numbers_of_other_libraries():
+    import numpy as np
+    import torch
+
+    trials = [
+        trial("numpy", np.float32(0.5), np.float64(0.25)),
+        trial("torch", torch.tensor(0.5), torch.tensor(0.125)),
+        trial("array", np.ones(3), 1.0),
+    ]
+    table = rank_trials(trials)
+    assert table.column(KEY).to_pylist() == [0.25, 0.125]
+    assert table.schema.metadata[b"left_out"] == b"array"
+
+
 def test_one_metric_for_both():
     (row,) = rank_trials([trial("a", 0.5, 0.25)], by=KEY, accuracy=KEY).to_pylist()
     assert row[KEY] == 0.25

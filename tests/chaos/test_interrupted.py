@@ -148,16 +148,16 @@ def interrupt(program: subprocess.Popen[bytes], processes: Family, presses: int 
     return processes.output()
 
 
-def check_finished(savefile: str, ranks: range) -> list[Any]:
+def check_finished(savefile: str, ranks: range, *, killed: bool = False) -> list[Any]:
     """Every window but the last is exact and complete; the last one may have been open. The rows of the others."""
-    rows = [row for _, row in sorted(published(savefile).items())]
+    rows = [row for _, row in sorted(published(savefile, killed=killed).items())]
     assert [row["step"] for row in rows] == list(range(len(rows)))
     whole = [row["step"] for row in rows if row["samples"] == 16 * len(ranks) * len(BATCHES)]
     assert len(whole) >= FINISHED
     assert whole == list(range(len(whole)))
     assert len(rows) <= len(whole) + 1
     everything = {step: outputs(step, dict.fromkeys(ranks, BATCHES)) for step in whole}
-    checked = check_rows(savefile, everything, more=True)
+    checked = check_rows(savefile, everything, more=True, killed=killed)
     assert {(row["workers"], row["final"]) for row in checked[:-1]} == {(len(ranks), True)}
     return checked
 
@@ -218,7 +218,7 @@ def test_a_killed_program_is_resumed(savefile: str, tmp_path: Path) -> None:
         wait_finished(program, processes, savefile)
         os.kill(program.pid, signal.SIGKILL)
         program.wait()
-        check_finished(savefile, range(1))
+        check_finished(savefile, range(1), killed=True)
         assert run_file(savefile)["end"] is None
         replayed = len(finished_steps(savefile)) - 1
         processes.run(train, savefile, False, True, [replayed, replayed + 3], True)

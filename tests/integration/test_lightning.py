@@ -135,6 +135,55 @@ def test_a_resumed_fit_goes_on_with_its_files(tmp_path: Path) -> None:
     assert callback.state_dict()["next_step"] == 4
 
 
+def test_one_callback_for_several_fits(tmp_path: Path) -> None:
+    """Each has its own windows, and a directory of its own."""
+    from delve_ray.integrations.lightning import SaturationCallback
+
+    callback = SaturationCallback(save_to="parquet")
+    for _ in range(2):
+        trainer = trainer_of("lightning.pytorch", tmp_path, callback, max_epochs=2, logger=False)
+        trainer.fit(make_module(), *loaders())
+        assert KEY in trainer.callback_metrics
+    for name in ("saturation", "saturation-1"):
+        assert {row["step"] for row in delve_ray.read_spectra(tmp_path / name).to_pylist()} == {0, 1}
+    trainer = trainer_of("lightning.pytorch", tmp_path, callback, fast_dev_run=True, logger=False)
+    trainer.fit(make_module(), *loaders())
+    assert not (tmp_path / "saturation-2").exists(), "a dry run leaves no files"
+
+
+def test_metrics_of_windows_of_steps(tmp_path: Path) -> None:
+    """The loggers get each window's own; with accumulated gradients a step is an optimizer's."""
+    from delve_ray.integrations.lightning import SaturationCallback
+
+    callback = SaturationCallback(tmp_path / "run", "parquet", every_n_steps=4, metrics="saturation/*")
+    trainer = trainer_of("lightning.pytorch", tmp_path, callback, max_epochs=1, accumulate_grad_batches=2)
+    trainer.fit(make_module(), *loaders())
+    rows = delve_ray.read_spectra(tmp_path / "run", filters=[("phase", "==", "train")]).to_pylist()
+    means = {step: sum(r["saturation"] for r in rows if r["step"] == step) / 2 for step in (4, 8, 10)}
+    assert {(r["step"], r["samples"]) for r in rows} == {(4, 8 * 64), (8, 8 * 64), (10, 4 * 64)}
+    key = "saturation/train/mean"
+    with open(Path(trainer.log_dir, "metrics.csv"), newline="") as file:
+        logged = {int(row["step"]): float(row[key]) for row in csv.DictReader(file) if row.get(key)}
+    assert {step: logged[step] for step in (4, 8)} == pytest.approx({step: means[step] for step in (4, 8)}, rel=1e-6)
+
+
+def test_a_store_that_is_away_does_not_end_the_fit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from delve_ray.integrations.lightning import SaturationCallback
+
+    callback = SaturationCallback(tmp_path / "run", "parquet")
+    trainer = trainer_of("lightning.pytorch", tmp_path, callback, max_epochs=2, logger=False)
+    module = make_module()
+
+    def lose(*_: Any) -> None:
+        if trainer.current_epoch == 1 and callback.tracker._shipper.lost is None:
+            callback.tracker._shipper._lose("on purpose")
+
+    module.on_train_epoch_start = lose
+    trainer.fit(module, *loaders())
+    assert trainer.current_epoch == 2
+    assert "the metrics of the last window are missing: on purpose" in caplog.text
+
+
 def test_windows_of_steps_and_no_metrics(tmp_path: Path) -> None:
     from delve_ray.integrations.lightning import SaturationCallback
 
@@ -145,7 +194,7 @@ def test_windows_of_steps_and_no_metrics(tmp_path: Path) -> None:
     assert [(r["phase"], r["step"], r["samples"]) for r in rows if r["phase"] == "train"] == [
         ("train", 15, 15 * 64),
         ("train", 30, 15 * 64),
-        ("train", 31, 10 * 64),
+        ("train", 40, 10 * 64),
     ]
     assert not any(key.startswith("saturation") for key in trainer.callback_metrics)
 

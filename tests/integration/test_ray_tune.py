@@ -102,7 +102,10 @@ def nothing_is_left(seconds: float = 60.0) -> None:
 
 @pytest.fixture(scope="module")
 def swept(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """20 trials, 4 at a time, 5 of which fail on purpose; a third of those that end well do not close."""
+    """20 trials, 4 at a time, 5 of which fail on purpose; a third of those that end well do not close.
+
+    Processes serve several trials, one after the other.
+    """
     from ray import tune
 
     tmp_path = tmp_path_factory.mktemp("sweep")
@@ -112,7 +115,7 @@ def swept(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     def function(config: dict[str, Any]) -> None:
         trial(config | ways[config["width"] - 4])
 
-    results = fit(tmp_path, function, space, max_concurrent_trials=4)
+    results = fit(tmp_path, function, space, max_concurrent_trials=4, reuse_actors=True)
     nothing_is_left()
     return results, tmp_path
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 import delve_ray
-from delve_ray.errors import OptionError
 from tests.events import tag_values
 
 pytest.importorskip("accelerate")
@@ -113,10 +112,10 @@ def test_bert_by_steps(tmp_path: Path) -> None:
     trainer.train()
     rows = delve_ray.read_spectra(tmp_path / "saturation").to_pylist()
     samples = {(row["step"], row["layer"]): row["samples"] for row in rows}
-    assert {step for step, _ in samples} == {3, 6, 7}
+    assert {step for step, _ in samples} == {3, 6, 8}
     for layer in ("bert.pooler.dense", "classifier"):
-        assert [samples[step, layer] for step in (3, 6, 7)] == [48, 48, 32]
-    inner = [samples[step, "bert.encoder.layer.0.output.dense"] for step in (3, 6, 7)]
+        assert [samples[step, layer] for step in (3, 6, 8)] == [48, 48, 32]
+    inner = [samples[step, "bert.encoder.layer.0.output.dense"] for step in (3, 6, 8)]
     assert sum(inner) == 2 * tokens(examples(labels=True)[0])
     assert not any(KEY in entry for entry in trainer.state.log_history)
 
@@ -130,11 +129,37 @@ def test_a_training_that_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
         return trainer_of(bert(), tmp_path, [callback], labels=True, **options)
 
     trainer(1).train()
-    with pytest.raises(OptionError, match="holds a run already"):
-        trainer(2).train()
     trainer(2).train(resume_from_checkpoint=True)
     rows = delve_ray.read_spectra(tmp_path / "saturation", filters=[("phase", "==", "train")]).to_pylist()
     assert [(row["attempt"], row["step"], row["samples"]) for row in rows] == [(0, 4, 64), (1, 8, 64)]
+    trainer(1).train()  # another training, which has a directory of its own
+    rows = delve_ray.read_spectra(tmp_path / "saturation-1", filters=[("phase", "==", "train")]).to_pylist()
+    assert [(row["attempt"], row["step"]) for row in rows] == [(0, 4)]
+
+
+def test_several_evaluations_are_one_window(tmp_path: Path) -> None:
+    from delve_ray.integrations.transformers import SaturationCallback
+
+    callback = SaturationCallback(save_to="parquet", layers=["classifier"])
+    trainer = trainer_of(bert(), tmp_path, [callback], labels=True)
+    trainer.eval_dataset = {"first": trainer.eval_dataset[:10], "second": trainer.eval_dataset[10:]}
+    trainer.train()
+    rows = delve_ray.read_spectra(tmp_path / "saturation", filters=[("phase", "==", "eval")]).to_pylist()
+    assert [(row["step"], row["samples"]) for row in rows] == [(4, 32), (8, 32)]
+    assert [entry["step"] for entry in trainer.state.log_history if KEY in entry] == [4, 8]
+
+
+def test_an_encoders_mask_is_not_that_of_its_decoder(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from delve_ray.integrations.transformers import SaturationCallback
+
+    config = T5Config(vocab_size=256, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    callback = SaturationCallback(save_to="parquet", layers=["decoder.block.0.layer.2.*", "!*.dropout", "!*.act"])
+    trainer = trainer_of(T5ForConditionalGeneration(config), tmp_path, [callback], labels=False, eval_strategy="no")
+    trainer.train()
+    samples = set(delve_ray.read_spectra(tmp_path / "saturation").column("samples").to_pylist())
+    assert samples == {64 * LENGTH}, "every position of the decoder, as nobody says which are padding"
 
 
 def train(config: dict[str, Any]) -> None:

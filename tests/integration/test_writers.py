@@ -126,6 +126,7 @@ def test_offline_services_beside_each_other(ray_session: None, savefile: str, tm
     nowhere = {"mlflow": {"tracking_uri": "nothing://here"}}
     with pytest.raises(OptionError, match="save_to='mlflow' cannot begin: "):
         delve_ray.SaturationTracker(f"{savefile}-no", ["mlflow"], model, run="refused", writer_args=nowhere)
+    assert not Path(f"{savefile}-no", "run.json").exists(), "it may be tried again"
     names = ["parquet", "wandb", "mlflow"]
     with delve_ray.SaturationTracker(savefile, names, model, run="watched", writer_args=args) as tracker:
         for step in range(2):

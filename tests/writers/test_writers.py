@@ -12,7 +12,9 @@ from delve_ray.writers import (
     check_writer_args,
     given_writers,
     make_writers,
+    open_writers,
 )
+from tests.windows import window
 
 VALID = "'parquet', 'tensorboard', 'csv', 'console', 'wandb', 'mlflow'"
 
@@ -91,16 +93,37 @@ def test_an_object_beside_names(tmp_path):
     assert isinstance(writer, Writer)
     assert check_save_to(save_to) == ("parquet", "keeping")
     assert given_writers(save_to) == (writer,)
-    made = make_writers(("parquet", "keeping"), WriterRun("mine", Storage(tmp_path)), {}, (writer,))
+    run = WriterRun("mine", Storage(tmp_path))
+    made = make_writers(("parquet", "keeping"), run, {}, (writer,))
     assert made[1] is writer
+    assert writer.calls == []
+    assert open_writers(made, run) == made
     assert writer.calls == [("open", "mine")]
 
 
 def test_what_one_writer_refuses_closes_the_others(tmp_path):
     first, second = Keeping("first"), Keeping("second", fails=OptionError("not here"))
     with pytest.raises(OptionError, match="not here"):
-        make_writers(("first", "second"), WriterRun("run", Storage(tmp_path)), {}, (first, second))
+        open_writers([first, second], WriterRun("run", Storage(tmp_path)))
     assert first.calls == [("open", "run"), ("close",)]
+
+
+def test_a_writer_that_cannot_be_opened_now_is_opened_later(tmp_path):
+    """As where a store is restarted while a service is away: the other writers go on."""
+    first, second = Keeping("first"), Keeping("second", fails=RuntimeError("no network"))
+    run = WriterRun("run", Storage(tmp_path))
+    _, waiting = open_writers([first, second], run, later=True)
+    assert waiting.name == "second"
+    for call in (lambda: waiting.write(window(step=3)), lambda: waiting.write_scalars([])):
+        with pytest.raises(OSError, match="it cannot be opened: no network"):
+            call()
+    second.fails = None
+    waiting.write(window(step=3))
+    waiting.write_scalars([])
+    waiting.close()
+    assert second.calls[-4:] == [("open", "run"), ("write", 3), ("scalars", 0), ("close",)]
+    with pytest.raises(OptionError, match="save_to='second' cannot begin: RuntimeError: no network"):
+        open_writers([Keeping("second", fails=RuntimeError("no network"))], run)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +181,7 @@ def test_a_writer_of_another_package(package, tmp_path):
     assert check_save_to(["parquet", "own"]) == ("parquet", "own")
     run = WriterRun("run", Storage(tmp_path / "run"))
     (writer,) = make_writers(("own",), run, {"own": {"colour": "blue"}})
-    assert (writer.name, writer.colour, writer.calls) == ("own", "blue", [("open", "run")])
+    assert (writer.name, writer.colour, writer.calls) == ("own", "blue", [])
     with pytest.raises(OptionError, match="save_to='broken': the package that has it cannot be imported"):
         make_writers(("broken",), run)
 
@@ -177,4 +200,5 @@ def test_a_writer_imports_only_what_it_needs(tmp_path):
 def test_a_writer_whose_package_is_missing(name, module, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(OptionError, match=rf"save_to='{name}' needs {name} .*pip install 'delve_ray\[{name}\]'"):
-        make_writers((name,), WriterRun("run", Storage(tmp_path)))
+        run = WriterRun("run", Storage(tmp_path))
+        open_writers(make_writers((name,), run), run)
