@@ -164,8 +164,8 @@ class StoreActor:
             if not self._core.joined and time.monotonic() > unused_until:
                 self._core.abandon()
         if self._core.joined and not self._core.abandoned:
-            ended = time.monotonic()
-            while time.monotonic() < ended + LINGER_S and not self._released:
+            ended, trial = time.monotonic(), self._core.config.gone_after > 0
+            while time.monotonic() < ended + LINGER_S and not (self._released or (trial and self._core.deserted)):
                 time.sleep(0.5)
             time.sleep(self._core.config.lingers)
         ray.kill(me, no_restart=True)

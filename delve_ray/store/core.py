@@ -324,6 +324,12 @@ class CovarianceStore(WindowStore):
         return self.ending is not None if self.publisher is None else self.publisher.finished.is_set()
 
     @property
+    def deserted(self) -> bool:
+        """Whether the processes of all workers have ended, as far as this machine can see: nobody will ask."""
+        with self._lock:
+            return all(member.gone for attempt in self.attempts for member in attempt.members.values())
+
+    @property
     def joined(self) -> bool:
         """Whether a worker has ever registered."""
         return self.publisher is not None

@@ -75,7 +75,9 @@ def test_the_run_of_a_process_that_has_ended_is_ended(savefile: str, process: su
     time.sleep(0.5)
     store.poll()
     assert not store.finished, "silent, but there"
+    assert not store.deserted
     end(process)
+    assert store.deserted
     store.poll()
     assert store.wait_finished(30)
     assert json.loads(Path(savefile, "run.json").read_text())["end"]["why"] == (
