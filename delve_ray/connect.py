@@ -94,21 +94,12 @@ def identify(
         savefile = settings.savefile if savefile is None else savefile
         run, world_size = run or settings.run, _or(world_size, settings.world_size)
     worker, trial = current_worker(), trial or current_trial()
-    path, at_home = _locate(savefile, trial or worker)
+    home = trial or worker
+    path, at_home = _locate(savefile, home)
     if resume is None and (at_home or trial is not None):
         resume = True  # the same experiment, started again
-    if worker is not None:
-        run = run or (worker.run if trial is None else trial.run)
-        rank, world_size = _or(rank, worker.rank), _or(world_size, worker.world_size)
-    elif trial is not None:
-        run = run or trial.run
-    elif (launched := _launched()) is not None:
-        rank, world_size = _or(rank, launched[0]), _or(world_size, launched[1])
-    rank, world_size = _or(rank, 0), _or(world_size, 1)
-    world_size = check_integer("world_size", world_size, at_least=1)
-    rank = check_integer("rank", rank)
-    if rank >= world_size:
-        raise OptionError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
+    run = home.run if run is None and home is not None else run
+    rank, world_size = _rank(rank, world_size, worker, launched=home is None)
     on_ray = ray_is_running() or (world_size > 1 and _connect())
     # A trial of one process that goes on is a new one: nothing waits for it.
     rejoinable = trial is None or world_size > 1
@@ -125,18 +116,28 @@ def identify(
     token = _token(resume, world_size) if worker is None or isinstance(resume, str) else worker.token
     resumes = bool(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
     return Identity(
-        check_name("run", run),
-        rank,
-        world_size,
-        token,
-        path,
-        on_ray,
-        rejoinable,
-        resumes,
-        trial,
-        worker is not None,
-        worker is None and trial is not None,
+        run=check_name("run", run),
+        rank=rank,
+        world_size=world_size,
+        token=token,
+        savefile=path,
+        on_ray=on_ray,
+        rejoinable=rejoinable,
+        resume=resumes,
+        trial=trial,
+        in_train=worker is not None,
+        in_thread=worker is None and trial is not None,
     )
+
+
+def _rank(rank: int | None, world_size: int | None, worker: TrainWorker | None, *, launched: bool) -> tuple[int, int]:
+    """Rank and world size: what the user says, else Ray Train, else a launcher where one may have started this."""
+    others = (worker.rank, worker.world_size) if worker is not None else (_launched() if launched else None) or (0, 1)
+    world_size = check_integer("world_size", _or(world_size, others[1]), at_least=1)
+    rank = check_integer("rank", _or(rank, others[0]))
+    if rank >= world_size:
+        raise OptionError(f"rank={rank} is not below world_size={world_size}; ranks count from 0")
+    return rank, world_size
 
 
 def _launched() -> tuple[int, int] | None:

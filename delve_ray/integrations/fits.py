@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from typing import Any
 
+from delve_ray.checks import check_integer
 from delve_ray.connect import SAVEFILE
 from delve_ray.errors import StoreError
-from delve_ray.integrations.keys import select
+from delve_ray.integrations.keys import Patterns, check_patterns, select
 from delve_ray.integrations.ray_train import current_worker
 from delve_ray.integrations.trial import current_trial
 from delve_ray.storage import Storage
@@ -37,9 +39,47 @@ def writers(save_to: SaveTo | None) -> SaveTo:
 
 def free_savefile(folder: str, *, again: bool) -> str:
     """A directory for the files of a fit below `folder`: the first that is not there, or, with `again`, the last."""
-    names = [SAVEFILE, *(f"{SAVEFILE}-{number}" for number in range(1, 10_000))]
-    index = next(index for index, name in enumerate(names) if not os.path.exists(os.path.join(folder, name)))
-    return os.path.join(folder, names[max(0, index - 1) if again else index])
+    last = path = os.path.join(folder, SAVEFILE)
+    number = 0
+    while os.path.exists(path):
+        number += 1
+        last, path = path, os.path.join(folder, f"{SAVEFILE}-{number}")
+    return last if again else path
+
+
+class Fit:
+    """What the callbacks of trainers have in common: their options, the tracker of a fit, the end of its windows."""
+
+    tracker: SaturationTracker | None
+
+    def __init__(
+        self,
+        savefile: str | os.PathLike[str] | None = None,
+        save_to: SaveTo | None = None,
+        *,
+        every_n_steps: int | None = None,
+        metrics: Patterns | None = "*",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.tracker = None
+        self._savefile, self._save_to, self._options = savefile, save_to, options
+        self._every = None if every_n_steps is None else check_integer("every_n_steps", every_n_steps, at_least=1)
+        self._patterns = None if metrics is None else check_patterns(metrics)
+        self._last = -1  # the step of the last window of this fit
+
+    def _end_window(self, step: int) -> dict[str, float]:
+        """Close the window, once a step; the metrics to log, if any."""
+        if self.tracker is None or step <= self._last:
+            return {}
+        self._last = step
+        self.tracker.add_saturations(step=step)
+        return {} if self._patterns is None else published(self.tracker, self._patterns)
+
+    def _end_fit(self) -> None:
+        tracker, self.tracker = self.tracker, None
+        if tracker is not None:
+            tracker.close()
 
 
 def published(tracker: SaturationTracker, patterns: Sequence[str]) -> dict[str, float]:

@@ -8,16 +8,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-from delve_ray.checks import check_integer
 from delve_ray.errors import StoreError
-from delve_ray.integrations.fits import free_savefile, on_ray, published, writers
-from delve_ray.integrations.keys import Patterns, check_patterns
+from delve_ray.integrations.fits import Fit, free_savefile, on_ray, writers
 from delve_ray.tracker import SaturationTracker
-from delve_ray.writers import SaveTo
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -34,7 +32,7 @@ def _bases() -> tuple[type, ...]:
     return tuple(dict.fromkeys(import_module(name).Callback for name in used))
 
 
-class SaturationCallback(*_bases()):  # type: ignore[misc]
+class SaturationCallback(Fit, *_bases()):  # type: ignore[misc]
     """Records a LightningModule's layers while a Trainer fits it; a window is an epoch, its validation included.
 
     It serves alone, in Lightning's own distributed strategies where Ray is initialised in each process, and in Ray
@@ -60,27 +58,12 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
         >>> trainer = lightning.Trainer(callbacks=[SaturationCallback(save_to="parquet")], logger=False)
     """
 
-    def __init__(
-        self,
-        savefile: str | os.PathLike[str] | None = None,
-        save_to: SaveTo | None = None,
-        *,
-        every_n_steps: int | None = None,
-        metrics: Patterns | None = "*",
-        **options: Any,
-    ) -> None:
-        super().__init__()
-        self.tracker: SaturationTracker | None = None
-        self._savefile, self._save_to, self._options = savefile, save_to, options
-        self._every = None if every_n_steps is None else check_integer("every_n_steps", every_n_steps, at_least=1)
-        self._patterns = None if metrics is None else check_patterns(metrics)
-        self._state: Mapping[str, Any] = {}
-        self._resumes = False  # whether the state was loaded for the fit that begins next
-        self._last = -1  # the step of the last window of this fit
+    _state: Mapping[str, Any] = MappingProxyType({})
+    _resumes = False  # whether the state was loaded for the fit that begins next
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to record."""
-        self._close()
+        self._end_fit()
         options = dict(self._options)
         savefile = self._savefile
         if not on_ray():
@@ -118,21 +101,21 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
         """Close a window, if it is time."""
         if self._every is None or trainer.global_step - self._last < self._every:
             return
-        metrics = self._close_window(trainer.global_step)
+        metrics = self._end_window(trainer.global_step)
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=trainer.global_step)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Close the epoch's window; its validation is over."""
-        if self._every is None and (metrics := self._close_window(trainer.current_epoch)):
+        if self._every is None and (metrics := self._end_window(trainer.current_epoch)):
             pl_module.log_dict(metrics, on_step=False, on_epoch=True)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Deliver the rest and leave the run."""
         if self.tracker is not None and self._every is not None and trainer.global_step > self._last:
-            self._close_window(trainer.global_step)
-        self._close()
+            self._end_window(trainer.global_step)
+        self._end_fit()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave the run open for the next attempt, where there can be one."""
@@ -148,16 +131,6 @@ class SaturationCallback(*_bases()):  # type: ignore[misc]
         """From Lightning's checkpoints, before the fit begins."""
         self._state, self._resumes = dict(state_dict), bool(state_dict)
 
-    def _close_window(self, step: int) -> dict[str, float]:
-        """Close the window once; the metrics to log, if any."""
-        if self.tracker is None or step <= self._last:
-            return {}
-        self._last = step
-        self.tracker.add_saturations(step=step)
-        return {} if self._patterns is None else published(self.tracker, self._patterns)
-
-    def _close(self) -> None:
-        tracker, self.tracker = self.tracker, None
-        if tracker is not None:
-            self._state = tracker.state_dict()
-            tracker.close()
+    def _end_fit(self) -> None:
+        self._state = self.state_dict()
+        super()._end_fit()

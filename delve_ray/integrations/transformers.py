@@ -6,11 +6,8 @@ import logging
 import os
 from typing import Any
 
-from delve_ray.checks import check_integer
-from delve_ray.integrations.fits import free_savefile, on_ray, published, writers
-from delve_ray.integrations.keys import Patterns, check_patterns
+from delve_ray.integrations.fits import Fit, free_savefile, on_ray, writers
 from delve_ray.tracker import SaturationTracker
-from delve_ray.writers import SaveTo
 
 try:
     from transformers import TrainerCallback
@@ -29,7 +26,7 @@ def attention_mask(*args: Any, **kwargs: Any) -> Any:
     return mask if getattr(mask, "ndim", None) == 2 else None
 
 
-class SaturationCallback(TrainerCallback):  # type: ignore[misc]
+class SaturationCallback(Fit, TrainerCallback):  # type: ignore[misc]
     """Records a model's layers while a `transformers.Trainer` trains it, without what the attention mask leaves out.
 
     A window is what lies between two evaluations, the second one included, or, where there are none, an epoch. Its
@@ -56,25 +53,11 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
         >>> callback = SaturationCallback(save_to="parquet", layers=["transformer.h.*"])
     """
 
-    def __init__(
-        self,
-        savefile: str | os.PathLike[str] | None = None,
-        save_to: SaveTo | None = None,
-        *,
-        every_n_steps: int | None = None,
-        metrics: Patterns | None = "*",
-        **options: Any,
-    ) -> None:
-        self.tracker: SaturationTracker | None = None
-        self._savefile, self._save_to, self._options = savefile, save_to, options
-        self._every = None if every_n_steps is None else check_integer("every_n_steps", every_n_steps, at_least=1)
-        self._patterns = None if metrics is None else check_patterns(metrics)
-        self._last = 0  # the step of the last window
-        self._evaluated = False  # whether an evaluation is in the open window, of which there may be several
+    _evaluated = False  # whether an evaluation is in the open window, of which there may be several
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin to record."""
-        self._close()
+        self._end_fit()
         model, options = kwargs["model"], dict(self._options)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             log.info("the attention mask is that of the encoder alone: padding counts; give mask= to leave it out")
@@ -116,7 +99,7 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
         """Deliver the rest and leave the run."""
         self._end_evaluations(state)
         self._close_window(state)
-        self._close()
+        self._end_fit()
 
     def _end_evaluations(self, state: Any) -> None:
         if self._evaluated:
@@ -125,17 +108,8 @@ class SaturationCallback(TrainerCallback):  # type: ignore[misc]
 
     def _close_window(self, state: Any) -> None:
         step = int(state.global_step)
-        if self.tracker is None or step <= self._last:
-            return
-        self._last = step
-        self.tracker.add_saturations(step=step)
-        if self._patterns is not None:
-            state.log_history.append({**published(self.tracker, self._patterns), "epoch": state.epoch, "step": step})
-
-    def _close(self) -> None:
-        tracker, self.tracker = self.tracker, None
-        if tracker is not None:
-            tracker.close()
+        if metrics := self._end_window(step):
+            state.log_history.append({**metrics, "epoch": state.epoch, "step": step})
 
 
 def _resuming(args: Any, step: int) -> dict[str, Any]:
