@@ -394,14 +394,8 @@ class SaturationTracker:
             return
         self._closed = True
         try:
-            depart(
-                self._recorder,
-                self._shipper,
-                self._config.savefile,
-                timeout,
-                completed=completed,
-                rejoinable=self._rejoinable,
-            )
+            ways = {"completed": completed, "rejoinable": self._rejoinable}
+            depart(self._recorder, self._shipper, self._config.savefile, timeout, **ways)
         finally:
             atexit.unregister(self.close)
 
