@@ -26,7 +26,7 @@ def opened(tmp_path, **options):
 
 def payloads(data):
     """The records of a .wandb file: after a header of 7 bytes a log in the format of LevelDB."""
-    assert data[:4] == b":W&B"
+    assert data[:4] in (b":W&B", b"")
     record, position = b"", 7
     while position + 7 <= len(data):
         left = 32768 - position % 32768  # of a block; what is shorter than a record's header is padding
@@ -34,6 +34,8 @@ def payloads(data):
             position += left
             continue
         length, kind = struct.unpack_from("<HB", data, position + 4)
+        if position + 7 + length > len(data):
+            return  # not yet written to its end
         record += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # whole, or the last of several
@@ -41,16 +43,28 @@ def payloads(data):
             record = b""
 
 
-def records(tmp_path):
-    """What the offline files hold, run by run: its name and id, its config, and the rows that were logged."""
+def parsed(path):
+    """The records of a .wandb file once it is whole: W&B's own process closes it some time after `finish` returned."""
     from wandb.proto import wandb_internal_pb2
 
+    until = time.monotonic() + 60
+    while True:
+        found = []
+        for data in payloads(path.read_bytes()):
+            found.append(wandb_internal_pb2.Record())
+            found[-1].ParseFromString(data)
+        if found and found[-1].HasField("exit"):
+            return found
+        assert time.monotonic() < until, f"{path} has no end: {[each.WhichOneof('record_type') for each in found]}"
+        time.sleep(0.05)
+
+
+def records(tmp_path):
+    """What the offline files hold, run by run: its name and id, its config, and the rows that were logged."""
     found = []
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb")):
         rows, config, about = [], {}, {}
-        for data in payloads(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
+        for record in parsed(path):
             if record.HasField("run"):
                 about = {"name": record.run.display_name, "id": record.run.run_id}
                 config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
