@@ -17,7 +17,7 @@ and kept, in blocks of rows: `workspace.BlockPlan`. How a group is reduced depen
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch import Tensor
 
 from delve_ray.moments import F64, Moments, pack_block, triangle_size
 from delve_ray.workspace import Workspace, block_plan, zeros
+
+if TYPE_CHECKING:
+    from delve_ray.device_reservoir import DeviceReservoir
 
 NARROW = 16
 """Below this many features a product is memory bound, and BLAS sums it naively (5e-5 of λ1 at 2^18 rows): it is
@@ -65,6 +68,8 @@ class Accumulator:
         self._waiting = 0
         # Stays set when an interrupt, or no memory, parts a sum from its count; then nothing is added any more.
         self.adding = False
+        self.reservoir: DeviceReservoir | None = None
+        """A sample of the same rows, where one is asked for; who adds offers them to it, too."""
         self._rows: Tensor | int = zeros((), workspace.device, torch.int64)
         self._dropped: Tensor | int = zeros((), workspace.device, torch.int64)
 

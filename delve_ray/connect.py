@@ -283,6 +283,7 @@ def choose(
     writer_args: Mapping[str, Any] | None,
     stats: Sequence[str] | str | None,
     sat_threshold: float | Sequence[float] | None,
+    embed_rows: int | None,
     *,
     nosave: bool,
 ) -> StoreConfig:
@@ -299,6 +300,8 @@ def choose(
         config = replace(config, writer_args=check_writer_args(writer_args, config.save_to))
     if stats is not None or settings is None:
         config = replace(config, stats=resolve_stats(stats))
+    if embed_rows is not None:
+        config = replace(config, embed_rows=embed_rows)
     if sat_threshold is not None:
         thresholds = check_thresholds(sat_threshold)
         config = replace(config, threshold=thresholds[0], thresholds=thresholds if len(thresholds) > 1 else ())

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from delve_ray import device_reservoir
 from delve_ray.chunks import chunk_rows
 from delve_ray.cuda.lane import SPARE_BYTES
 from delve_ray.device_accumulator import DeviceAccumulator
 from delve_ray.errors import OptionError
 from delve_ray.host_accumulator import HostAccumulator, stage_rows
+from delve_ray.reservoir import packed_size
 from delve_ray.selection import TrackedLayer
 from delve_ray.store.protocol import moments_size
 
@@ -21,7 +23,9 @@ MIN_OUTBOX_BYTES = 4 << 20
 """Packed deltas that stay in memory in any case, however small the layers are."""
 
 
-def fit_memory(layers: Sequence[TrackedLayer], *, max_features: int, max_memory: int) -> list[TrackedLayer]:
+def fit_memory(
+    layers: Sequence[TrackedLayer], *, max_features: int, max_memory: int, embed_rows: int = 0
+) -> list[TrackedLayer]:
     """The layers that may be recorded, those of unknown width included: their first forward decides.
 
     Layers wider than `max_features` are left out, with a warning. Raises OptionError when none is left, or when
@@ -33,7 +37,7 @@ def fit_memory(layers: Sequence[TrackedLayer], *, max_features: int, max_memory:
             log.warning("layer %s %s", layer.name, too_wide(layer.features, max_features))
     if not tracked:
         raise OptionError(f"max_features={max_features} leaves no layer out of {[layer.features for layer in layers]}")
-    needed = worker_bytes(known_widths(tracked))
+    needed = worker_bytes(known_widths(tracked), embed_rows)
     if needed > max_memory:
         widest = sorted(tracked, key=lambda layer: -(layer.features or 0))[:3]
         raise OptionError(
@@ -55,14 +59,18 @@ def known_widths(layers: Iterable[TrackedLayer]) -> list[int]:
     return [layer.features for layer in layers if layer.features is not None]
 
 
-def worker_bytes(widths: Sequence[int]) -> int:
+def worker_bytes(widths: Sequence[int], embed_rows: int = 0) -> int:
     """Bytes that recording layers of these widths takes at most, on the device and the host of one worker together.
 
     For every layer the accumulators of both phases, twice (those being filled and those handed over), its share of one
     packed delta of both phases, and as much again for what is sent and not yet safe; for all layers together the
-    scratch memory of the training thread and that of the packer.
+    scratch memory of the training thread and that of the packer. `embed_rows` rows of each are kept beside them.
     """
-    total = sum(4 * _accumulator_bytes(features) + 16 * moments_size(features) for features in widths)
+    total = sum(
+        4 * (_accumulator_bytes(features) + device_reservoir.nbytes(embed_rows, features))
+        + _delta_bytes(features, embed_rows)
+        for features in widths
+    )
     scratch = max(
         (
             HostAccumulator.scratch_bytes(features, chunk_rows(features))
@@ -72,7 +80,7 @@ def worker_bytes(widths: Sequence[int]) -> int:
         default=0,
     )
     spare = SPARE_BYTES if widths and torch.cuda.is_available() else 0
-    return total + scratch + spare + outbox_bytes(widths)
+    return total + scratch + spare + outbox_bytes(widths, embed_rows)
 
 
 def _accumulator_bytes(features: int) -> int:
@@ -81,6 +89,12 @@ def _accumulator_bytes(features: int) -> int:
     return max(on_host, DeviceAccumulator.nbytes(features)) if torch.cuda.is_available() else on_host
 
 
-def outbox_bytes(widths: Sequence[int]) -> int:
+def _delta_bytes(features: int, embed_rows: int) -> int:
+    """Of a layer in a packed delta of both phases."""
+    return 16 * (moments_size(features) + packed_size(embed_rows, features))
+
+
+def outbox_bytes(widths: Sequence[int], embed_rows: int = 0) -> int:
     """Bytes of packed deltas that stay in memory until they are safe: one of both phases; the rest lies on disk."""
-    return max(MIN_OUTBOX_BYTES, sum(16 * moments_size(features) for features in widths)) if any(widths) else 0
+    packed = sum(_delta_bytes(features, embed_rows) for features in widths)
+    return max(MIN_OUTBOX_BYTES, packed) if any(widths) else 0

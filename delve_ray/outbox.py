@@ -153,7 +153,7 @@ class Outbox:
     def _empty(self, item: _Item) -> None:
         """Keep the header alone, which says that rows are missing."""
         nothing = np.empty(0)
-        item.delta = replace(item.delta, entries=(), widths=(), weights=(), complete=False).sealed(nothing)
+        item.delta = replace(item.delta, entries=(), widths=(), weights=(), samples=(), complete=False).sealed(nothing)
         item.buffer, item.nbytes, item.path = nothing, 0, None
 
     # --- out ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 
 from delve_ray.moments import F64
 from delve_ray.recorder import Harvest
+from delve_ray.reservoir import Reservoir, pack
 from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
 from delve_ray.store.protocol import Delta, Source, moments_size
@@ -34,8 +35,10 @@ class Pending:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the accumulators."""
-        return sum(accumulator.held_bytes for accumulator in self.harvest.values())
+        """Bytes of the accumulators and their samples."""
+        samples = [accumulator.reservoir for accumulator in self.harvest.values()]
+        held = sum(accumulator.held_bytes for accumulator in self.harvest.values())
+        return held + sum(sample.held_bytes for sample in samples if sample is not None)
 
 
 class Packer:
@@ -51,20 +54,23 @@ class Packer:
         keys = sorted(item.harvest)
         buffer = np.empty(sum(moments_size(item.harvest[key].features) for key in keys))
         entries, weights = [], []
+        reservoirs: list[tuple[int, int, Reservoir]] = []
         widths: dict[int, int] = {}
         start = 0
         for index, phase in keys:
-            features = item.harvest[index, phase].features
+            accumulator = item.harvest.pop((index, phase))
+            features = accumulator.features
             size = moments_size(features)
-            n, nonfinite, weight = item.harvest.pop((index, phase)).drain_into(
-                buffer[start : start + size], self._workspace
-            )
+            n, nonfinite, weight = accumulator.drain_into(buffer[start : start + size], self._workspace)
+            reservoir = None if accumulator.reservoir is None else accumulator.reservoir.drain()
             if n or nonfinite:
                 start += size
                 entries.append((index, phase, n, nonfinite))
                 weights.append(weight)
                 if self._layers[index].features is None:
                     widths[index] = features
+                if reservoir is not None:
+                    reservoirs.append((index, phase, reservoir))
         self._warn_nonfinite(entries, item)
         delta = Delta(
             source,
@@ -79,7 +85,10 @@ class Packer:
             tuple(item.scalars),
             item.complete,
             () if weights == [n for _, _, n, _ in entries] else tuple(weights),
+            tuple((index, phase, kept.keys.size, kept.bound) for index, phase, kept in reservoirs),
         )
+        if reservoirs:
+            return delta, np.concatenate([buffer[:start], *(pack(kept) for _, _, kept in reservoirs)])
         # What is kept is what was filled, not what might have been.
         return delta, buffer[:start] if 2 * start > buffer.size else buffer[:start].copy()
 

@@ -45,8 +45,9 @@ def encode_parcel(
 ) -> Iterator[bytes | pa.Buffer]:
     """The pieces of a file."""
     values = asdict(delta) | {"scalars": [scalar_header(scalar) for scalar in delta.scalars]}
-    if not delta.weights:  # as files were before there were weights, which others may still read
-        del values["weights"]
+    for name in ("weights", "samples"):
+        if not values[name]:  # as files were before there were any, which others may still read
+            del values[name]
     header = {
         "delta": values,
         "config": config_header(config),
@@ -82,6 +83,7 @@ def delta_of(values: Mapping[str, Any]) -> Delta:
             "widths": _tuples(values["widths"]),
             "scalars": tuple(map(scalar_of, values["scalars"])),
             "weights": tuple(map(float, values.get("weights", ()))),
+            "samples": _tuples(values.get("samples", ())),
         }
     )
 

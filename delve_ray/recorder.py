@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
@@ -27,6 +28,7 @@ from delve_ray.accumulator import Accumulator
 from delve_ray.budget import Budget
 from delve_ray.compiled import modes_are_on, tracing
 from delve_ray.device_accumulator import DeviceAccumulator
+from delve_ray.device_reservoir import DeviceReservoir
 from delve_ray.errors import Unrecordable
 from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.layers import RowOptions
@@ -64,6 +66,7 @@ class RecorderOptions:
     max_overhead: float | None = None
     max_features: int = 8192
     max_memory: int = 16 << 30
+    embed_rows: int = 0
 
 
 class Recorder:
@@ -88,6 +91,7 @@ class Recorder:
         self._sampler = None if options.sample_fraction == 1 else Sampler(options.sample_fraction, options.seed)
         self._budget = None if options.max_overhead is None else Budget(options.max_overhead, options.seed)
         self._accumulators: Harvest = {}
+        self._randoms: dict[tuple[int, int], np.random.Generator] = {}
         self._workspaces: dict[torch.device, Workspace] = {}
         self._forwards: dict[tuple[int, int], int] = {}
         self._offered: dict[tuple[int, int], int] = {}
@@ -204,7 +208,10 @@ class Recorder:
         offered = self._offered.get(key, 0)
         if limit is not None:
             rows, keep = first_rows(rows, keep, limit - offered)
-        self._accumulator(key, rows).add(rows, keep, weight)
+        accumulator = self._accumulator(key, rows)
+        accumulator.add(rows, keep, weight)
+        if accumulator.reservoir is not None:
+            accumulator.reservoir.offer(rows, keep, weight)
         self._offered[key] = offered + rows.numel() // rows.shape[-1]
         self._phases.add(key[1])
 
@@ -295,6 +302,9 @@ class Recorder:
                 accumulator = HostAccumulator(width, workspace, self.options.precision)
             else:
                 accumulator = DeviceAccumulator(width, workspace, self.options.precision, self.options.products)
+            if self.options.embed_rows:
+                random = self._randoms.setdefault(key, np.random.default_rng([self.options.seed, *key]))
+                accumulator.reservoir = DeviceReservoir(self.options.embed_rows, random)
             self._accumulators[key] = accumulator
         return accumulator
 
@@ -302,7 +312,8 @@ class Recorder:
         """Take in a layer whose width its first forward tells, if it fits. Raises Unrecordable."""
         if width > self.options.max_features:
             raise Unrecordable(f"it {too_wide(width, self.options.max_features)}")
-        needed = worker_bytes([*known_widths(self.layers), *self._widths.values(), width])
+        widths = [*known_widths(self.layers), *self._widths.values(), width]
+        needed = worker_bytes(widths, self.options.embed_rows)
         if needed > self.options.max_memory:
             raise Unrecordable(
                 f"with its {width} features recording would take up to {needed} bytes in this worker, more than "

@@ -58,6 +58,7 @@ class LayerRow:
     `stats` maps the long names in `SCALAR_STATS` and `EXTRA_STATS` to values; a statistic that was not asked for, or
     is not defined for this spectrum, is absent and becomes null on disk. `eigenvalues` is float64, descending.
     `covariance` is the packed upper triangle (row-major, float64, d(d+1)/2) or None when not asked for.
+    `embedding` is float64 (k, 2): k of the rows in the coordinates of the two leading eigenvectors, or None.
     `thresholds` holds all δ where the run has several, `threshold` being the first of them, and
     `intrinsic_dimensionalities` the k(δ) of each; both are empty where there is only one.
     """
@@ -73,6 +74,7 @@ class LayerRow:
     eigenvalues: F64
     mean: F64
     covariance: F64 | None = None
+    embedding: F64 | None = None
     alpha_r2: float | None = None
     alpha_from: int | None = None
     alpha_to: int | None = None
@@ -186,6 +188,18 @@ COVARIANCES_SCHEMA = _versioned(
     ]
 )
 """covariances/*.parquet: the packed upper triangle of the population covariance, row-major."""
+
+EMBEDDINGS_SCHEMA = _versioned(
+    [
+        *_WINDOW_FIELDS,
+        pa.field("point", pa.int32()),
+        pa.field("x", pa.float64()),
+        pa.field("y", pa.float64()),
+        pa.field("wall_time", pa.timestamp("us", tz="UTC")),
+    ]
+)
+"""embeddings/*.parquet: one row per sampled observation, by its number in the layer and window; `x` and `y` are its
+coordinates along the two leading eigenvectors, from the mean."""
 
 SCALARS_SCHEMA = _versioned(
     [

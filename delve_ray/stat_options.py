@@ -11,9 +11,10 @@ from delve_ray.errors import OptionError
 from delve_ray.schema import EXTRA_STATS, SCALAR_STATS
 
 COVARIANCE_STAT = "cov"  # the one statistic that is no scalar: the covariance itself is written
+EMBED_STAT = "embed"  # neither: rows of the layer in two dimensions
 CORRELATION_STATS = tuple(name for name in EXTRA_STATS if name.startswith("correlation_"))
 """The statistics of the correlation matrix: one decomposition for all of them."""
-_CANONICAL = (*SCALAR_STATS, *EXTRA_STATS, COVARIANCE_STAT)
+_CANONICAL = (*SCALAR_STATS, *EXTRA_STATS, COVARIANCE_STAT, EMBED_STAT)
 _SHORT_NAMES = {
     "lsat": ("saturation",),
     "idim": ("intrinsic_dimensionality",),
@@ -78,10 +79,10 @@ def _percent_hint(value: object) -> str:
 def resolve_stats(stats: Sequence[str] | str | None) -> tuple[str, ...]:
     """Return the canonical names of the statistics asked for, in the order of the contract, each once.
 
-    Takes long names, Delve's short ones (lsat, idim, cov, det, trc, dtrc), "covariance", and "correlation" for the
-    three of the correlation matrix; a bare string is one name. None is every scalar that the covariance's own
+    Takes long names, Delve's short ones (lsat, idim, cov, det, trc, dtrc, embed), "covariance", and "correlation" for
+    the three of the correlation matrix; a bare string is one name. None is every scalar that the covariance's own
     spectrum gives: those of other matrices (`schema.EXTRA_STATS`) take a decomposition each, and are computed
-    where they are named. Raises OptionError for others, NotImplementedError for Delve's "embed".
+    where they are named. Raises OptionError for others.
 
     >>> resolve_stats(["cov", "trc", "lsat", "saturation"])
     ('saturation', 'trace', 'cov')
@@ -92,8 +93,6 @@ def resolve_stats(stats: Sequence[str] | str | None) -> tuple[str, ...]:
         raise OptionError(f"stats={stats!r} is of type {type(stats).__name__}; it is a list of names or None")
     known, asked = (*_CANONICAL, *_SHORT_NAMES), set[str]()
     for name in [stats] if isinstance(stats, str) else stats:
-        if name == "embed":
-            raise NotImplementedError('stats: "embed" (saving layer outputs) is not implemented; leave it out')
         if name not in known:
             close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""

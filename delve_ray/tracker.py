@@ -82,9 +82,12 @@ class SaturationTracker:
         seed: Of that choice, which draws from generators of its own.
         mask: Function that gets what the model's forward gets (each model's, of several) and returns the batch's mask
             or None, see `mask()`. Under torch.compile it is traced like the model's own code.
-        stats: Statistics to publish: Delve's short names (lsat, idim, cov, det, trc, dtrc) or the long ones;
-            by default every scalar one. "cov" publishes covariances as well; "correlation" and "rankme", which take
-            decompositions of their own, are there on request.
+        stats: Statistics to publish: Delve's short names (lsat, idim, cov, det, trc, dtrc, embed) or the long ones;
+            by default every scalar one. "cov" publishes covariances as well; "embed" some rows of each layer along
+            the two leading eigenvectors of its covariance; "correlation" and "rankme" are there on request. All of
+            these but "cov" take decompositions of their own.
+        embed_rows: How many rows of each layer, phase and window "embed" shows at most, 256 by default: a random choice
+            among those of all ranks, each as likely as any other, by `seed`.
         include_conv: False leaves out convolutions.
         conv_method: "channelwise": each position of a feature map is an observation of C features; "mean", "max",
             "median" (the lower of two middle ones): over the positions of each channel, an observation per sample;
@@ -180,6 +183,7 @@ class SaturationTracker:
         spill_dir: str | os.PathLike[str] | None = None,
         name: str | None = None,
         trial: Trial | None = None,
+        embed_rows: int | None = None,
     ) -> None:
         check_unbuilt(locals())
         options = recorder_options(locals())
@@ -195,15 +199,21 @@ class SaturationTracker:
             include_conv=check_flag("include_conv", include_conv),
             options=options.rows,
         )
-        tracked = fit_memory(selected, max_features=options.max_features, max_memory=options.max_memory)
         given = None if store is None else given_store(store)
         settings = given.settings() if given is not None else None
         identity = identify(savefile, run, rank, world_size, settings, check_resume(resume), check_trial(trial))
         config = publication(identity, settings, options, publish_every=live, model=model_summary(modules))
         unsaved = check_flag("nosave", nosave)
-        config = choose(config, settings, save_to, writer_args, stats, sat_threshold, nosave=unsaved)
+        config = choose(config, settings, save_to, writer_args, stats, sat_threshold, embed_rows, nosave=unsaved)
         self._source = identity.source()
-        self._recorder = Recorder(tracked, replace(options, seed=options.seed + self._source.rank))
+        options = replace(options, seed=options.seed + self._source.rank, embed_rows=config.rows_to_embed)
+        tracked = fit_memory(
+            selected,
+            max_features=options.max_features,
+            max_memory=options.max_memory,
+            embed_rows=options.embed_rows,
+        )
+        self._recorder = Recorder(tracked, options)
         try:
             if mask is not None:
                 self._recorder.ask_for_masks([root for _, root in root_modules(modules)], mask)

@@ -129,9 +129,9 @@ def test_stats_that_are_no_names_are_refused(bad: object) -> None:
         resolve_stats(bad)  # type: ignore[arg-type]
 
 
-def test_embed_is_named_as_not_implemented() -> None:
-    with pytest.raises(NotImplementedError, match="embed"):
-        resolve_stats(["lsat", "embed"])
+def test_embed_comes_last() -> None:
+    assert resolve_stats(["embed", "cov", "lsat"]) == ("saturation", "cov", "embed")
+    assert "embed" not in resolve_stats(None)
 
 
 def test_statistics_of_other_matrices_are_there_only_where_they_are_named() -> None:

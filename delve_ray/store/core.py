@@ -20,6 +20,7 @@ from typing import Any
 from delve_ray import spectrum
 from delve_ray.errors import DeltaRefused, StoreError, UnknownSource
 from delve_ray.moments import F64, unpack_triangle
+from delve_ray.reservoir import packed_size, unpack
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
 from delve_ray.store.door import check_delta, check_held, check_source, check_total, refusal, source_of
@@ -208,6 +209,7 @@ class CovarianceStore(WindowStore):
             ends = list(itertools.accumulate(map(moments_size, widths)))
             starts = [0, *ends]
             try:
+                self._sample(delta, entries, widths, buffer[starts[-1] :])
                 for index, (entry, start, end) in enumerate(zip(entries, starts, ends, strict=False)):
                     if entry is not None:
                         _, _, n, nonfinite = delta.entries[index]
@@ -220,6 +222,18 @@ class CovarianceStore(WindowStore):
                 raise
             with self._lock:
                 return self._merged(delta, refused)
+
+    def _sample(self, delta: Delta, entries: Sequence[Entry | None], widths: Sequence[int], packed: F64) -> None:
+        """Merge a delta's samples of rows, which stand behind its moments."""
+        places = {entry[:2]: index for index, entry in enumerate(delta.entries)}
+        start = 0
+        for layer, phase, rows, bound in delta.samples:
+            index = places[layer, phase]
+            features, entry = widths[index], entries[index]
+            end = start + packed_size(rows, features)
+            if entry is not None and self.config.rows_to_embed:
+                entry.sample(unpack(packed[start:end], rows, features, bound), self.config.rows_to_embed)
+            start = end
 
     def _admit(self, delta: Delta, widths: Sequence[int]) -> Ack | Window | tuple[list[Entry | None], dict[int, int]]:
         """Whether a delta may be merged now: an answer, a window that has to be loaded first, or where it goes."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from delve_ray.errors import DeltaRefused
 from delve_ray.moments import F64, diagonal_places
+from delve_ray.reservoir import UNBOUNDED, packed_size
 from delve_ray.schema import PHASES
 from delve_ray.store.protocol import Delta, Held, LayerInfo, Source, checksum, moments_size
 from delve_ray.store.scanning import scan
@@ -23,6 +24,8 @@ MAX_COUNT = 1 << 62
 """Observations of one layer in one window stay below this, so that their sum over two deltas is an int64."""
 MAX_WEIGHT = 2.0**100
 """Weights stay below this and not under its inverse, so that neither their sums nor quotients leave float64."""
+MAX_SAMPLE = 1 << 24
+"""Rows of one layer that a delta may bring."""
 MAX_NAME = 4096
 """Characters of a scalar's name."""
 
@@ -55,13 +58,16 @@ def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo
     _check_header(delta, run)
     _check_scalars(delta)
     widths = _entry_widths(delta, layers)
-    expected = sum(map(moments_size, widths))
+    sampled = _sample_sizes(delta, widths)
+    expected = sum(map(moments_size, widths)) + sum(sampled)
     if type(buffer) is not np.ndarray or buffer.dtype != np.float64 or buffer.shape != (expected,):
         found = f"{buffer.dtype} of shape {buffer.shape}" if type(buffer) is np.ndarray else type(buffer).__name__
         raise refusal(delta, f"its buffer is {found}, its entries need float64 of shape ({expected},)")
     words, finite = scan(buffer)
     if not finite or any(n == 0 for _, _, n, _ in delta.entries) or (buffer[_diagonals(tuple(widths))] < 0).any():
         _check_moments(delta, buffer, widths, layers)
+    if sampled:
+        _check_samples(delta, buffer[expected - sum(sampled) :], sampled, layers)
     if delta.checksum != checksum(delta, words):
         raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
     return widths
@@ -80,6 +86,35 @@ def _check_moments(delta: Delta, buffer: F64, widths: Sequence[int], layers: Seq
             raise refusal(delta, f"{where} has moments without observations")
         if (moments[features + diagonal_places(features)] < 0).any():
             raise refusal(delta, f"{where} has a scatter with a negative diagonal")
+
+
+def _sample_sizes(delta: Delta, widths: Sequence[int]) -> list[int]:
+    """Values of each reservoir; each belongs to an entry, once."""
+    width_of = {entry[:2]: width for entry, width in zip(delta.entries, widths, strict=True)}
+    sizes = []
+    for layer, phase, rows, _ in delta.samples:
+        features = width_of.pop((layer, phase), None)
+        if features is None:
+            raise refusal(
+                delta, f"it has rows of layer index {layer}, phase index {phase}, which is no entry, or twice"
+            )
+        if not 0 <= rows < MAX_SAMPLE:
+            raise refusal(delta, f"it has {rows} rows of layer index {layer}")
+        sizes.append(packed_size(rows, features))
+    return sizes
+
+
+def _check_samples(delta: Delta, packed: F64, sizes: Sequence[int], layers: Sequence[LayerInfo]) -> None:
+    """Refuse keys that cannot be; the moments before them are finite."""
+    start = 0
+    for (layer, phase, rows, bound), size in zip(delta.samples, sizes, strict=True):
+        keys = packed[start : start + rows]
+        where = f"layer {layers[layer].name}, phase {PHASES[phase]}"
+        if not np.isfinite(packed[start : start + size]).all():
+            raise refusal(delta, f"{where} has non-finite rows in its sample")
+        if not 0.0 < bound <= UNBOUNDED or (rows and (keys[0] < 0 or keys[-1] >= bound or (np.diff(keys) < 0).any())):
+            raise refusal(delta, f"{where} has a sample whose keys do not ascend from 0 to its bound")
+        start += size
 
 
 @lru_cache(maxsize=8)
@@ -157,6 +192,13 @@ def _check_header(delta: Delta, run: str) -> None:
             raise refusal(delta, f"its {name} are no tuples of {length} 64-bit integers")
     if type(delta.weights) is not tuple or not all(type(weight) is float for weight in delta.weights):
         raise refusal(delta, "its weights are no tuple of floats")
+    if type(delta.samples) is not tuple or not all(
+        type(item) is tuple
+        and [type(value) for value in item] == [int, int, int, float]
+        and all(_is_integer(value, _INT64, -_INT64) for value in item[:3])
+        for item in delta.samples
+    ):
+        raise refusal(delta, "its samples are no tuples of a layer, a phase, a number of rows and a bound")
     if not _is_integer(delta.checksum, 1 << 96):
         raise refusal(delta, "its checksum is no such number")
 

@@ -12,7 +12,7 @@ from delve_ray.errors import OptionError
 from delve_ray.precision import PRODUCT_EPS
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
-from delve_ray.store.protocol import SNAPSHOT_EVERY_S, StoreConfig
+from delve_ray.store.protocol import EMBED_ROWS, SNAPSHOT_EVERY_S, StoreConfig
 from delve_ray.writers import SaveTo, check_save_to, check_writer_args, given_writers
 
 
@@ -26,6 +26,7 @@ def start_store(
     num_shards: int = 1,
     stats: Sequence[str] | str | None = None,
     sat_threshold: float | Sequence[float] = 0.99,
+    embed_rows: int = EMBED_ROWS,
     publish_every: float = 30.0,
     precision: str = "float32",
     resume: bool = False,
@@ -62,6 +63,7 @@ def start_store(
         stats=resolve_stats(stats),
         threshold=thresholds[0],
         thresholds=thresholds if len(thresholds) > 1 else (),
+        embed_rows=embed_rows,
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=PRODUCT_EPS[precision],
         snapshot_every=check_seconds("snapshot_every", snapshot_every),

@@ -12,11 +12,13 @@ import numpy as np
 from delve_ray.checks import check_integer, check_name, check_seconds
 from delve_ray.errors import OptionError
 from delve_ray.moments import F64, triangle_size
-from delve_ray.stat_options import check_threshold, check_thresholds, resolve_stats
+from delve_ray.stat_options import EMBED_STAT, check_threshold, check_thresholds, resolve_stats
 from delve_ray.store.scanning import word_sum
 from delve_ray.writers import Writer
 from delve_ray.writers.base import Scalar
 
+EMBED_ROWS = 256
+"""Rows of a layer and phase that a window's embedding shows, unless said otherwise."""
 SNAPSHOT_EVERY_S = 10.0
 """Seconds between snapshots of a store in a Ray cluster; they also bound what a worker has to keep."""
 
@@ -38,7 +40,8 @@ class StoreConfig:
         savefile: absolute local path or URI.
         save_to: names of the writers.
         writer_args: their options, by name, and `writers`, those that were given as objects; no file has them.
-        stats: canonical long names, "cov" for covariances.
+        stats: canonical long names, "cov" for covariances, "embed" for embeddings.
+        embed_rows: rows of each layer and phase that a window's embedding has at most.
         threshold: δ of the intrinsic dimensionality.
         thresholds: all δ where there are several, `threshold` first; empty where there is only that one.
         recording: how workers make and choose rows, by option; the first worker's where it is empty.
@@ -76,6 +79,7 @@ class StoreConfig:
     resume: bool = False
     trial: str | None = None
     trial_config: str | None = None
+    embed_rows: int = EMBED_ROWS
     gone_after: float = 0.0
     lingers: float = 0.0
     model: Mapping[str, int] = field(default_factory=dict)
@@ -90,12 +94,18 @@ class StoreConfig:
         check_threshold(self.threshold)
         if self.thresholds and check_thresholds(self.thresholds)[0] != self.threshold:
             raise OptionError(f"threshold={self.threshold} is not the first of thresholds={self.thresholds}")
+        check_integer("embed_rows", self.embed_rows, at_least=1)
         check_seconds("publish_every", self.publish_every)
         check_seconds("silent_after", self.silent_after)
         check_seconds("late_after", self.late_after)
         check_seconds("snapshot_every", self.snapshot_every)
         check_seconds("gone_after", self.gone_after)
         check_seconds("lingers", self.lingers)
+
+    @property
+    def rows_to_embed(self) -> int:
+        """Rows of each layer and phase that are kept for embeddings; 0 without them."""
+        return self.embed_rows if EMBED_STAT in self.stats else 0
 
     def on_disk(self) -> dict[str, Any]:
         """The fields by name, without those of `NOT_ON_DISK`."""
@@ -105,7 +115,7 @@ class StoreConfig:
 
 NOT_ON_DISK = ("writer_args", "writers")
 """Fields of `StoreConfig` that no file has: passwords may be among them, and objects of other packages."""
-SAME_FOR_ALL = ("savefile", "save_to", "stats", "threshold", "thresholds", "product_eps", "trial")
+SAME_FOR_ALL = ("savefile", "save_to", "stats", "threshold", "thresholds", "embed_rows", "product_eps", "trial")
 """Fields of `StoreConfig` in which a worker may not differ from the run that it joins."""
 
 
@@ -135,7 +145,8 @@ class Delta:
     the user gave it (`labelled`), otherwise a guess. `widths` are the (layer index, features) of entries whose
     layer was registered without. `complete` is False where rows of this window were lost at the source. `weights`
     holds the total weight of each entry's observations, which its mean and scatter are weighted by; it is empty where
-    every observation has the weight 1. `checksum` is `fingerprint` of the header and the buffer.
+    every observation has the weight 1. Behind all moments the buffer has the packed reservoir of each of `samples`:
+    (layer index, phase index, rows, bound). `checksum` is `fingerprint` of the header and the buffer.
     """
 
     source: Source
@@ -149,7 +160,8 @@ class Delta:
     widths: tuple[tuple[int, int], ...] = ()
     scalars: tuple[Scalar, ...] = ()
     complete: bool = True
-    weights: tuple[float, ...] = field(default=(), repr=False)  # `fingerprint` says why
+    weights: tuple[float, ...] = field(default=(), repr=False)  # `checksum` says why
+    samples: tuple[tuple[int, int, int, float], ...] = field(default=(), repr=False)
     checksum: int = 0
 
     def weight(self, index: int) -> float:
@@ -172,10 +184,10 @@ def fingerprint(delta: Delta, buffer: F64) -> int:
 def checksum(delta: Delta, words: int) -> int:
     """`fingerprint` where the sum of the words is known.
 
-    Weights are in it where there are some: without, it is that of files from before there were weights, which are
-    still to be merged.
+    Weights and samples are in it where there are some: without, it is that of files from before there were any, which
+    are still to be merged.
     """
-    header = repr(replace(delta, checksum=0)) + (repr(delta.weights) if delta.weights else "")
+    header = repr(replace(delta, checksum=0)) + "".join(repr(more) for more in (delta.weights, delta.samples) if more)
     return words << 32 | zlib.crc32(header.encode())
 
 

@@ -243,8 +243,9 @@ class Publisher:
         """The row of one layer; an error costs that one alone."""
         index, phase = key
         try:
-            found = entry.freeze().collect()
-            row = entry_row(entry, found, self.layers[index], PHASES[phase], self.config)
+            cut = entry.freeze()
+            found = cut.collect()
+            row = entry_row(cut, found, self.layers[index], PHASES[phase], self.config)
         except Exception as error:
             self.problem(f"layer {self.layers[index].name}, step {step}: {type(error).__name__}: {error}")
             return None

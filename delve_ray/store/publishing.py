@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from delve_ray import spectrum
+from delve_ray import reservoir, spectrum
 from delve_ray.moments import packed_diagonal, unpack_triangle
+from delve_ray.reservoir import Reservoir
 from delve_ray.schema import LayerRow
+from delve_ray.stat_options import COVARIANCE_STAT
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.window import Collected, Entry
+from delve_ray.store.window import Collected, Cut
 
 
-def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfig) -> LayerRow:
+def layer_row(
+    layer: LayerInfo, phase: str, found: Collected, config: StoreConfig, sample: Reservoir | None = None
+) -> LayerRow:
     """The published row of one layer: one decomposition, shared by all statistics but those of other matrices.
 
-    With no observations (all rows were non-finite) the spectrum is zero.
+    With no observations (all rows were non-finite) the spectrum is zero. The embedding of a sample of rows takes a
+    decomposition of its own, with vectors, so that the eigenvalues are the same with it and without.
     """
     n, mean = found.n, found.mean
     weight = found.weight or 1.0
@@ -26,7 +31,7 @@ def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfi
         samples=n,
         threshold=config.threshold,
         thresholds=config.thresholds,
-        stats=tuple(stat for stat in config.stats if stat != "cov"),
+        stats=config.stats,
         product_eps=config.product_eps,
         covariance=matrix,
         mean=mean,
@@ -42,7 +47,8 @@ def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfi
         stats=statistics.values,
         eigenvalues=eigenvalues,
         mean=mean.copy(),
-        covariance=found.packed / weight if "cov" in config.stats else None,
+        covariance=found.packed / weight if COVARIANCE_STAT in config.stats else None,
+        embedding=None if sample is None else reservoir.embed(sample.rows, mean, matrix),
         alpha_r2=statistics.alpha_r2,
         alpha_from=statistics.alpha_from,
         alpha_to=statistics.alpha_to,
@@ -51,14 +57,15 @@ def layer_row(layer: LayerInfo, phase: str, found: Collected, config: StoreConfi
     )
 
 
-def entry_row(entry: Entry, found: Collected, layer: LayerInfo, phase: str, config: StoreConfig) -> LayerRow:
-    """`layer_row`, or the row of the entry's last publication if nothing has been merged since.
+def entry_row(cut: Cut, found: Collected, layer: LayerInfo, phase: str, config: StoreConfig) -> LayerRow:
+    """`layer_row` of what a cut has collected, or the row of its entry's last publication if nothing came since.
 
     What is kept on the entry is small: of the covariance, no copy.
     """
+    entry = cut.entry
     if entry.row is not None and entry.row[0] is found.packed:  # a collected triangle never changes
         row = entry.row[1]
-        return replace(row, covariance=found.packed / (found.weight or 1.0)) if "cov" in config.stats else row
-    row = layer_row(layer, phase, found, config)
+        return replace(row, covariance=found.packed / (found.weight or 1.0)) if COVARIANCE_STAT in config.stats else row
+    row = layer_row(layer, phase, found, config, cut.reservoir if config.rows_to_embed else None)
     entry.row = found.packed, replace(row, covariance=None)
     return row

@@ -12,6 +12,7 @@ import numpy as np
 
 from delve_ray.errors import ReadError
 from delve_ray.moments import F64, triangle_size
+from delve_ray.reservoir import Reservoir
 from delve_ray.storage import masked
 from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.processes import started
@@ -65,25 +66,30 @@ class Frozen:
 
 
 def cut_arrays(cuts: Iterable[Cut]) -> Iterator[F64]:
-    """Mean and packed scatter of each cut, one after the other."""
+    """Mean and packed scatter of each cut, and keys and rows of its sample if it has one, one after the other."""
     for cut in cuts:
         collected = cut.collect()
         yield collected.mean
         yield collected.packed
+        if cut.reservoir is not None:
+            yield cut.reservoir.keys
+            yield cut.reservoir.rows.reshape(-1)
 
 
 def freeze_window(window: Window) -> tuple[list[list[float]], list[Cut]]:
     """What is said of a window's entries in a header, and a cut of each.
 
-    Layer, phase, features, observations and non-finite rows, and their weight where it is another number than that of
-    the observations.
+    Layer, phase, features, observations and non-finite rows; their weight where it is another number than that of the
+    observations, or where there is a sample, of which then rows and bound follow.
     """
     index: list[list[float]] = []
     cuts = []
     for (layer, phase), entry in sorted(window.entries.items(), key=lambda item: item[0]):
         cut = entry.freeze()
-        weight = [] if cut.weight == cut.n else [cut.weight]
-        index.append([layer, phase, entry.features, cut.n, cut.nonfinite, *weight])
+        more = [] if cut.weight == cut.n and cut.reservoir is None else [cut.weight]
+        if cut.reservoir is not None:
+            more += [cut.reservoir.keys.size, cut.reservoir.bound]
+        index.append([layer, phase, entry.features, cut.n, cut.nonfinite, *more])
         cuts.append(cut)
     return index, cuts
 
@@ -92,12 +98,27 @@ def window_entries(index: Iterable[Sequence[Any]], arrays: Iterator[F64], where:
     """The entries of a window out of a frame. Raises ReadError where header and arrays do not fit."""
     entries = {}
     for layer, phase, features, n, nonfinite, *rest in index:
-        (weight,) = rest or (float(n),)
-        mean, packed = next(arrays, None), next(arrays, None)
-        if mean is None or packed is None or mean.size != features or packed.size != triangle_size(features):
-            raise ReadError(f"{where} is damaged: its arrays are not those that its header lists")
-        entries[layer, phase] = Entry(features, Collected(n, nonfinite, np.array(mean), np.array(packed), weight))
+        weight, *sample = rest or (float(n),)
+        mean, packed = _next_arrays(arrays, (features, triangle_size(features)), where)
+        collected = Collected(n, nonfinite, mean, packed, weight)
+        entries[layer, phase] = Entry(features, collected, _reservoir(features, sample, arrays, where))
     return entries
+
+
+def _reservoir(features: int, sample: Sequence[Any], arrays: Iterator[F64], where: str) -> Reservoir | None:
+    if not sample:
+        return None
+    count, bound = sample
+    keys, rows = _next_arrays(arrays, (count, count * features), where)
+    return Reservoir(keys, rows.reshape(count, features), bound)
+
+
+def _next_arrays(arrays: Iterator[F64], sizes: Iterable[int], where: str) -> list[F64]:
+    """Copies of the next arrays. Raises ReadError where they have other sizes."""
+    found = [np.array(next(arrays, ())) for _ in sizes]
+    if [array.size for array in found] != list(sizes):
+        raise ReadError(f"{where} is damaged: its arrays are not those that its header lists")
+    return found
 
 
 def freeze(state: State, version: int) -> Frozen:

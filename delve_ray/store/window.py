@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from delve_ray.moments import F64, PackedTotal, triangle_size
+from delve_ray.reservoir import Reservoir, merge
 from delve_ray.schema import LayerRow
 
 
@@ -30,13 +31,26 @@ class Entry:
     saves holds up nobody, and what it holds never changes. Memory: 4d² bytes, and 4d² more while there is an active
     total beside what was set aside.
 
-    `row` is the publisher's: the last row, and the triangle that it was made of.
+    `reservoir` is a sample of the same rows, where one is asked for. `row` is the publisher's: the last row, and the
+    triangle that it was made of.
     """
 
-    __slots__ = ("_active", "_collecting", "_frozen", "_lock", "_merging", "features", "n", "nonfinite", "row")
+    __slots__ = (
+        "_active",
+        "_collecting",
+        "_frozen",
+        "_lock",
+        "_merging",
+        "features",
+        "n",
+        "nonfinite",
+        "reservoir",
+        "row",
+    )
 
-    def __init__(self, features: int, collected: Collected | None = None) -> None:
+    def __init__(self, features: int, collected: Collected | None = None, reservoir: Reservoir | None = None) -> None:
         self.features = features
+        self.reservoir = reservoir
         self.n = 0
         self.nonfinite = 0
         self.row: tuple[F64, LayerRow] | None = None
@@ -54,7 +68,8 @@ class Entry:
         """Bytes of the totals."""
         with self._lock:
             totals = len(self._frozen) + (self._active is not None)
-        return 8 * triangle_size(self.features) * totals
+        sample = 0 if self.reservoir is None else self.reservoir.nbytes
+        return 8 * triangle_size(self.features) * totals + sample
 
     def reserve(self) -> None:
         """Take the memory that `add` will need. Raises MemoryError, and then nothing has changed."""
@@ -73,13 +88,19 @@ class Entry:
                 self.n += n
                 self.nonfinite += nonfinite
 
+    def sample(self, reservoir: Reservoir, size: int) -> None:
+        """Merge a delta's sample of rows, of which `size` stay; before its moments, so that no cut has those alone."""
+        with self._merging:
+            parts = [reservoir] if self.reservoir is None else [self.reservoir, reservoir]
+            self.reservoir = merge(parts, size)
+
     def freeze(self) -> Cut:
         """Set aside what has arrived so far, and say what that is; waits for a delta that is being merged."""
         with self._merging, self._lock:
             if self._active is not None:
                 self._frozen.append(self._active)
                 self._active = None
-            return Cut(self, tuple(self._frozen))
+            return Cut(self, tuple(self._frozen), self.reservoir)
 
     def collect(self, parts: tuple[tuple[PackedTotal, int], ...]) -> Collected:
         """Merge what a cut has; nothing ever changes the result."""
@@ -107,6 +128,7 @@ class Cut:
 
     entry: Entry
     parts: tuple[tuple[PackedTotal, int], ...]
+    reservoir: Reservoir | None = None
 
     @property
     def n(self) -> int:

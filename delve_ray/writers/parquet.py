@@ -1,4 +1,4 @@
-"""Parquet: one file of spectra per window and revision, one of covariances where they were asked for."""
+"""Parquet: one file of spectra per window and revision, one of covariances and embeddings where they are asked for."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from delve_ray.schema import (
     COVARIANCES_SCHEMA,
+    EMBEDDINGS_SCHEMA,
     EXTRA_STATS,
     INTEGER_STATS,
     SCALAR_STATS,
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 
 _FILE_NAME = re.compile(r"([0-9]{6,})-([0-9]{10,})-([0-9]{6,})\.parquet")
 """Attempt, window, revision."""
+_BESIDE = ("covariances", "embeddings")
+"""Folders of what goes with some spectra, in files of the same names."""
 _ROW_FIELDS = (
     "phase",
     "layer",
@@ -63,11 +66,11 @@ _WINDOW_FIELDS = (
 
 
 class ParquetWriter:
-    """Writes windows to `spectra/` and `covariances/`, user scalars to `scalars/`, under a storage.
+    """Writes windows to `spectra/`, `covariances/` and `embeddings/`, user scalars to `scalars/`, under a storage.
 
     A window becomes `spectra/<attempt>-<window>-<revision>.parquet`, and, for the rows that carry a
-    covariance, a file of the same name in `covariances/`. The covariances come first: a crash between the
-    two leaves covariances ahead of their spectra, never a spectrum without its covariance. Once a newer
+    covariance or an embedding, a file of the same name in `covariances/` or `embeddings/`. The spectra come last: a
+    crash in between leaves covariances ahead of their spectra, never a spectrum without its covariance. Once a newer
     revision is there, the files of the older ones are deleted, those of an earlier process, too: the
     directories are listed once, before the first window. A file that cannot be deleted does not fail the
     window; it is harmless, because readers take the highest revision, and is tried again with the next one.
@@ -101,6 +104,9 @@ class ParquetWriter:
         if with_covariance:
             # One row group per layer: whoever asks for one layer's matrix reads that one alone.
             self._put(f"covariances/{name}", covariances_table(window, with_covariance), row_group_size=1)
+        embedded = [row for row in window.rows if row.embedding is not None]
+        if embedded:
+            self._put(f"embeddings/{name}", embeddings_table(window, embedded))
         self._put(f"spectra/{name}", spectra_table(window))
         for older in sorted(revision for revision in revisions if revision < window.revision):
             if not self._delete(_file_name(window.attempt, window.window, older)):
@@ -120,7 +126,7 @@ class ParquetWriter:
         if self._revisions is None:
             found: dict[tuple[int, int], set[int]] = {}
             # A crash may have left covariances without their spectra.
-            for folder in ("spectra", "covariances"):
+            for folder in ("spectra", *_BESIDE):
                 for attempt, window, revision in _listed(self._storage, folder):
                     found.setdefault((attempt, window), set()).add(revision)
             self._revisions = found
@@ -130,8 +136,8 @@ class ParquetWriter:
         """Delete the files of a superseded revision; whether they are gone."""
         try:
             # In this order, because a spectrum is never without its covariance.
-            self._storage.delete(f"spectra/{name}")
-            self._storage.delete(f"covariances/{name}")
+            for folder in ("spectra", *_BESIDE):
+                self._storage.delete(f"{folder}/{name}")
         except (OSError, pa.ArrowException) as error:
             if not self._kept_files:
                 log.warning("%s: superseded files stay, such as %s (%s)", self._storage.uri, name, error)
@@ -160,7 +166,7 @@ def revisions(storage: Storage) -> dict[tuple[int, int], int]:
     Files under other names are left out. Raises OSError when the storage does.
     """
     highest: dict[tuple[int, int], int] = {}
-    for folder in ("spectra", "covariances"):  # a crash may have left covariances without their spectra
+    for folder in ("spectra", *_BESIDE):  # a crash may have left covariances without their spectra
         for attempt, window, revision in _listed(storage, folder):
             highest[attempt, window] = max(revision, highest.get((attempt, window), 0))
     return highest
@@ -187,6 +193,20 @@ def covariances_table(window: PublishedWindow, rows: Sequence[LayerRow]) -> pa.T
     # One chunk per row: the matrices are not copied, and together may exceed a list column's 2^31 values.
     columns["covariance"] = pa.chunked_array([_lists([np.asarray(row.covariance, np.float64)]) for row in rows])
     return _table(columns, COVARIANCES_SCHEMA)
+
+
+def embeddings_table(window: PublishedWindow, rows: Sequence[LayerRow]) -> pa.Table:
+    """The rows' embeddings as a table of `EMBEDDINGS_SCHEMA`, a row for each point; each row must have one."""
+    points = [np.asarray(row.embedding, np.float64) for row in rows]
+    counts = np.array([point.shape[0] for point in points])
+    of_row = pa.array(np.repeat(np.arange(len(rows)), counts))
+    shared = _shared_columns(window, rows)
+    schema = EMBEDDINGS_SCHEMA
+    columns = {name: pa.array(shared[name], schema.field(name).type) for name in schema.names if name in shared}
+    columns = {name: column.take(of_row) for name, column in columns.items()}
+    columns["point"] = np.concatenate([np.arange(count, dtype=np.int32) for count in counts])
+    columns["x"], columns["y"] = np.concatenate(points).T
+    return _table(columns, schema)
 
 
 def _shared_columns(window: PublishedWindow, rows: Sequence[LayerRow]) -> dict[str, Any]:

@@ -199,8 +199,7 @@ def test_a_snapshot_with_more_than_a_weight_is_refused(savefile: str) -> None:
     store.take(*weighted(Worker(store, 0), groups(1)[0]))
     frozen = store.freeze()
     (entry,) = frozen.header["attempts"][0]["windows"][0]["entries"]
-    entry.append(1)
-    entry.append(1)
+    entry += [1, 1, 1]
     Storage(savefile).write_atomic(
         "store/snapshot-000007-0000000000.arrow", encode("snapshot", frozen.header, cut_arrays(frozen.cuts))
     )

@@ -305,7 +305,7 @@ def test_the_files_of_an_earlier_process_are_superseded(storage, monkeypatch):
     restarted.write(window([layer_row()], revision=5))
     restarted.write(window([layer_row()], window=2))
     restarted.write(window([layer_row()], window=2, revision=1))
-    assert listed == ["spectra", "covariances"]
+    assert listed == ["spectra", "covariances", "embeddings"]
     assert sorted(os.listdir(storage.path("spectra"))) == [
         "000000-0000000000-000005.parquet",
         "000000-0000000001-000002.parquet",
