@@ -83,11 +83,12 @@ def identify(
     settings: StoreConfig | None = None,
     resume: bool | str | None = None,
     trial: Trial | None = None,
+    name: str | None = None,
 ) -> Identity:
     """Who this worker is: what the user says, else Ray Train, Ray Tune, torch.distributed, else the only one.
 
     `settings` are those of a store that was given; what the user leaves out is taken from there. `trial` is the one
-    that this worker works for.
+    that this worker works for; `name` is that of one of several trackers in it, each of which has its own run.
     Raises OptionError for a savefile that is no path, a rank outside the world, and ranks that could not meet.
     """
     if settings is not None:
@@ -95,7 +96,9 @@ def identify(
         run, world_size = run or settings.run, _or(world_size, settings.world_size)
     worker, trial = current_worker(), trial or current_trial()
     home = trial or worker
-    path, at_home = _locate(savefile, home)
+    suffix = "" if name is None else f"-{check_name('name', name)}"
+    suffix = suffix if settings is None else ""  # a store that is given is the tracker's own
+    path, at_home = _locate(SAVEFILE + suffix if savefile is None and home is not None else savefile, home)
     if resume is None and (at_home or trial is not None):
         resume = True  # the same experiment, started again
     run = home.run if run is None and home is not None else run
@@ -103,6 +106,7 @@ def identify(
     on_ray = ray_is_running() or (world_size > 1 and _connect())
     # A trial of one process that goes on is a new one: nothing waits for it.
     rejoinable = trial is None or world_size > 1
+    run = None if run is None else run + suffix
     if run is None:
         if world_size > 1:
             raise OptionError(
@@ -167,8 +171,6 @@ def _connect() -> bool:
 
 def _locate(savefile: object, home: Trial | TrainWorker | None) -> tuple[str, bool]:
     """Where a savefile lies, absolute, and whether that is in the directory of the run's or the trial's results."""
-    if savefile is None and home is not None:
-        savefile = SAVEFILE
     path = check_savefile(savefile)
     if home is None or is_absolute(path):
         return absolute(path), False
@@ -286,6 +288,7 @@ def choose(
     embed_rows: int | None,
     *,
     nosave: bool,
+    verbose: bool = False,
 ) -> StoreConfig:
     """How the run is published, with the user's choices; what is left out is as in a given store, else the default.
 
@@ -296,6 +299,8 @@ def choose(
     elif save_to is not None or settings is None:
         save_to = save_to if save_to is not None else ()
         config = replace(config, save_to=check_save_to(save_to), writers=given_writers(save_to))
+    if verbose and "console" not in config.save_to:
+        config = replace(config, save_to=(*config.save_to, "console"))
     if writer_args:
         config = replace(config, writer_args=check_writer_args(writer_args, config.save_to))
     if stats is not None or settings is None:

@@ -152,8 +152,6 @@ def check_unbuilt(options: Mapping[str, Any]) -> None:
         "layerwise_sat": (True, "rows are always per layer, with the mean beside them"),
         "average_sat": (True, "the mean over layers is always published"),
         "reset_covariance": (True, "every window starts anew"),
-        "verbose": (False, "read tracker.metrics(), or the files"),
-        "name": (None, "give a second tracker its own run="),
     }
     for option, (default, instead) in unbuilt.items():
         value = options[option]

@@ -122,7 +122,10 @@ class SaturationTracker:
         trial: What `delve_ray.integrations.tune.current_trial()` says in a trial that starts a trainer, for the
             trainer's workers: they record into the trial's directory, in one run. A trial itself is found.
         writer_args: Options of the writers, by their names: {"wandb": {"project": "cnn"}}.
-        layerwise_sat, average_sat, reset_covariance, verbose, name: Not built yet; another value raises.
+        name: Of a second tracker in the same workers, such as one for each network of a GAN: its run is called
+            `<run>-<name>`, and has a savefile of its own, `saturation-<name>` where that may be left out.
+        verbose: True prints a line per window, as save_to="console" does.
+        layerwise_sat, average_sat, reset_covariance: Not built yet; another value raises.
 
     Raises:
         OptionError: an option that cannot be used; it names the option, the value and what would be right.
@@ -201,10 +204,21 @@ class SaturationTracker:
         )
         given = None if store is None else given_store(store)
         settings = given.settings() if given is not None else None
-        identity = identify(savefile, run, rank, world_size, settings, check_resume(resume), check_trial(trial))
+        identity = identify(savefile, run, rank, world_size, settings, check_resume(resume), check_trial(trial), name)
         config = publication(identity, settings, options, publish_every=live, model=model_summary(modules))
         unsaved = check_flag("nosave", nosave)
-        config = choose(config, settings, save_to, writer_args, stats, sat_threshold, embed_rows, nosave=unsaved)
+        shown = check_flag("verbose", verbose)
+        config = choose(
+            config,
+            settings,
+            save_to,
+            writer_args,
+            stats,
+            sat_threshold,
+            embed_rows,
+            nosave=unsaved,
+            verbose=shown,
+        )
         self._source = identity.source()
         options = replace(options, seed=options.seed + self._source.rank, embed_rows=config.rows_to_embed)
         tracked = fit_memory(

@@ -434,7 +434,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "average_sat": ({"average_sat": False}, NotImplementedError, "average_sat=False"),
     "max_overhead": ({"max_overhead": 2}, OptionError, "max_overhead=2 .* 0.02 for two percent"),
-    "verbose": ({"verbose": True}, NotImplementedError, "verbose=True"),
+    "verbose": ({"verbose": 2}, OptionError, "verbose=2"),
     "reset": ({"reset_covariance": False}, NotImplementedError, "reset_covariance=False"),
     "max_samples": ({"max_samples": 0}, OptionError, "max_samples=0 must be an integer, at least 1"),
     "fraction": ({"sample_fraction": 10}, OptionError, "sample_fraction=10 .*for 10 percent write 0.1"),
@@ -444,15 +444,14 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "interpolation": ({"interpolation_strategy": "near"}, OptionError, "interpolation_strategy='near' is none of"),
     "layers": ({"layers": ["conv*"]}, OptionError, r"layers has 'conv\*', which fits no module"),
     "thresholds": ({"sat_threshold": [0.9, 1.1]}, OptionError, "sat_threshold"),
-    "npy": ({"save_to": ["parquet", "npy"]}, NotImplementedError, "npy"),
     "writer": ({"save_to": ["parquet", 3]}, OptionError, "save_to=3 is no writer, it lacks name, open, write"),
-    "embed": ({"stats": ["embed"]}, NotImplementedError, "embed"),
+    "embed_rows": ({"embed_rows": 0}, OptionError, "embed_rows=0"),
     "tf32": ({"precision": "tf32", "device": "cpu"}, OptionError, "precision='tf32' is for products on a GPU"),
     "writer_args": ({"writer_args": {"a": 1}}, OptionError, "writer_args has 'a'; give options by the writer's name"),
     "trial": ({"trial": "x"}, OptionError, "trial='x' is no trial"),
     "resume": ({"resume": 1}, OptionError, "resume=1 must be True, False, or a name"),
     "spill_dir": ({"spill_dir": "s3://bucket/x"}, OptionError, "spill_dir='s3://bucket/x' must be a local folder"),
-    "name": ({"name": "teacher"}, NotImplementedError, "name='teacher'"),
+    "name": ({"name": ""}, OptionError, "name='' must be a non-empty string"),
 }
 
 
@@ -869,3 +868,14 @@ def test_ranks_that_make_rows_differently_are_refused(savefile: str) -> None:
         "max_overhead": None,
         "precision": "float32",
     }
+
+
+def test_verbose_prints_a_line_per_window(savefile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Linear(4, 3)
+    for save_to, nosave in (("parquet", False), ("console", False), (None, True)):
+        path = f"{savefile}-{save_to}"
+        with SaturationTracker(path, save_to, model, verbose=True, nosave=nosave) as tracker:
+            model(torch.randn(20, 4))
+            tracker.add_saturations(step=7)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(":")[0] for line in lines] == [f"{Path(path).name}  step 7  train"], lines

@@ -321,3 +321,21 @@ def test_each_delta_is_put_once_and_the_next_one_while_the_store_takes_one(
     assert prepared == [1, 1, 1, 0]
     rows = delve_ray.read_covariances(savefile).sort_by("step").to_pylist()
     assert [(row["step"], row["samples"]) for row in rows] == [(step, 50 + step) for step in range(4)]
+
+
+def test_two_trackers_of_one_run_have_a_name_each(ray_session: None, tmp_path: Path) -> None:
+    import torch
+
+    models = {name: torch.nn.Linear(4, width) for name, width in (("generator", 3), ("critic", 2))}
+    trackers = {
+        name: delve_ray.SaturationTracker(str(tmp_path / name), "parquet", model, run="gan", name=name)
+        for name, model in models.items()
+    }
+    for name, model in models.items():
+        model(torch.randn(30, 4))
+        trackers[name].add_saturations(step=1)
+    for tracker in trackers.values():
+        tracker.close()
+    for name, width in (("generator", 3), ("critic", 2)):
+        (row,) = delve_ray.read_spectra(tmp_path / name).to_pylist()
+        assert (row["run"], row["features"], row["samples"]) == (f"gan-{name}", width, 30)
