@@ -33,6 +33,7 @@ from delve_ray.errors import DelveRayError, OptionError, StoreError
 from delve_ray.moments import F64
 from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
+from delve_ray.store.monitoring import Monitor
 from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.saving import Saver
 
@@ -73,6 +74,8 @@ class StoreActor:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = min(cores, MOST_CORES)
         self._core = CovarianceStore(config, saver=saver, finish_timeout=FINISH_TIMEOUT_S, cores=cores)
+        self._ended = threading.Event()
+        Monitor(self._core).start(self._ended)
         self._released = False  # whether all workers have their last answer
         self._ready = threading.Event()
         self._problem = "the store is being restored"
@@ -168,6 +171,7 @@ class StoreActor:
             while time.monotonic() < ended + LINGER_S and not (self._released or (trial and self._core.deserted)):
                 time.sleep(0.5)
             time.sleep(self._core.config.lingers)
+        self._ended.set()
         ray.kill(me, no_restart=True)
 
 

@@ -208,6 +208,7 @@ class CovarianceStore(WindowStore):
             entries, refused = admitted
             ends = list(itertools.accumulate(map(moments_size, widths)))
             starts = [0, *ends]
+            began = time.perf_counter()
             try:
                 self._sample(delta, entries, widths, buffer[starts[-1] :])
                 for index, (entry, start, end) in enumerate(zip(entries, starts, ends, strict=False)):
@@ -220,7 +221,10 @@ class CovarianceStore(WindowStore):
                     self._merging -= 1
                     self._changed.notify_all()
                 raise
+            self.timings.note("merge", time.perf_counter() - began)
             with self._lock:
+                self.counts["deltas"] += 1
+                self.counts["bytes"] += buffer.nbytes
                 return self._merged(delta, refused)
 
     def _sample(self, delta: Delta, entries: Sequence[Entry | None], widths: Sequence[int], packed: F64) -> None:

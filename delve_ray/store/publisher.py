@@ -22,6 +22,7 @@ from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.crew import Crew
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.publishing import entry_row
+from delve_ray.store.timings import Timings
 from delve_ray.store.window import Entry, Job, Window
 from delve_ray.store.writing import WriterThread
 from delve_ray.writers.base import Scalar, Writer
@@ -105,10 +106,12 @@ class Publisher:
         owner: Owner,
         finish_timeout: float,
         cores: int = 1,
+        timings: Timings | None = None,
     ) -> None:
         self.config = config
+        self._timings = timings or Timings()
         self.layers = list(layers)
-        self.writers = [WriterThread(writer) for writer in writers]
+        self.writers = [WriterThread(writer, timings=self._timings) for writer in writers]
         self.finished = threading.Event()
         self._owner = owner
         self._crew = Crew(cores - 1, "delve_ray-spectrum")  # the other core is for what comes in
@@ -206,7 +209,8 @@ class Publisher:
 
     def _publish(self, job: Job) -> None:
         self._owner.unpark(job.window)
-        rows = self._rows(job.step, job.window.entries.copy())
+        with self._timings.of("publish"):
+            rows = self._rows(job.step, job.window.entries.copy())
         window = PublishedWindow(
             run=self.config.run,
             attempt=job.attempt,

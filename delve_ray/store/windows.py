@@ -25,6 +25,7 @@ from delve_ray.store.publisher import Publisher
 from delve_ray.store.run_file import RunFile
 from delve_ray.store.saving import FOLDER, Saver, load_window, rescue_folder, save_once
 from delve_ray.store.state import Frozen, State, freeze, freeze_window
+from delve_ray.store.timings import Timings
 from delve_ray.store.window import Cut, Job, Window
 from delve_ray.writers.base import Scalar, Writer
 from delve_ray.writers.parquet import revisions
@@ -60,7 +61,8 @@ class WindowStore:
         self.tokens: list[str | None] = []  # of all attempts, by number; None of one that nobody knows
         self.publisher: Publisher | None = None
         self.saver = saver
-        self.counts = {"refused": 0, "late": 0, "repeated": 0}
+        self.counts = {"deltas": 0, "bytes": 0, "refused": 0, "late": 0, "repeated": 0}
+        self.timings = Timings()
         self.ending: str | None = None  # why
         self.abandoned = False  # whether no worker is left that could ask for anything
         self._given_writers = writers
@@ -86,7 +88,7 @@ class WindowStore:
             state = (self.saver or Saver(Storage(config.savefile), 0.0)).load()
             state = None if state is None else state.closed()
         self.config, self.layers, self._run_file = config, list(layers), run_file
-        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout, self._cores)
+        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout, self._cores, self.timings)
         if config.resume and config.save_to:
             self._on_disk = revisions(Storage(config.savefile))
         if state is not None:

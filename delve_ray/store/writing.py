@@ -13,6 +13,7 @@ from functools import partial
 import pyarrow as pa
 
 from delve_ray.schema import LayerRow, PublishedWindow
+from delve_ray.store.timings import Timings
 from delve_ray.writers.base import Scalar, Writer
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,15 @@ class WriterThread:
     """
 
     def __init__(
-        self, writer: Writer, *, retry_s: tuple[float, float] = RETRY_S, max_bytes: int = MAX_QUEUED_BYTES
+        self,
+        writer: Writer,
+        *,
+        retry_s: tuple[float, float] = RETRY_S,
+        max_bytes: int = MAX_QUEUED_BYTES,
+        timings: Timings | None = None,
     ) -> None:
         self.writer = writer
+        self._timings = timings or Timings()
         self.written = self.failed = self.dropped = 0
         self.last_error: str | None = None
         self._retry_s = retry_s
@@ -284,7 +291,8 @@ class WriterThread:
         pause, longest = self._retry_s
         while True:
             try:
-                item.job()
+                with self._timings.of("write", self.writer.name):
+                    item.job()
             except Exception as error:  # whatever a writer raises must not reach the others
                 if not self._note_failure(item, error, pause):
                     return False
@@ -391,7 +399,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _row_bytes(row: LayerRow) -> int:
-    return ROW_BYTES + sum(array.nbytes for array in (row.eigenvalues, row.mean, row.covariance) if array is not None)
+    arrays = (row.eigenvalues, row.mean, row.covariance, row.embedding)
+    return ROW_BYTES + sum(array.nbytes for array in arrays if array is not None)
 
 
 def _count(keys: Iterable[tuple[int, int] | None]) -> str:
