@@ -12,6 +12,7 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pytest
 
@@ -142,6 +143,31 @@ def test_sweep(tmp_path):
     assert f"{parameters} parameters" in output
     assert max(float(row[2]) for row in places) - float(accuracy) <= 0.0101
     assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_projection(tmp_path):
+    output = run_example("projection.py", tmp_path)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert len(set(read_spectra(run).column("step").to_pylist())) == 8
+    rows = re.findall(
+        r"^ *([\d.]+)% +(\d+) +(\d+)% +([\d.]+)% +([\d.]+)% \(([\d.]+)% to ([\d.]+)%\)$", output, re.MULTILINE
+    )
+    thresholds, directions, shares, leading, random, lowest, highest = np.array(rows, dtype=float).T
+    assert len(rows) == 12
+    assert list(thresholds) == sorted(thresholds)
+    assert list(directions) == sorted(directions)
+    assert directions[-1] <= 16 + 32 + 64 + 128 + 10
+    (unprojected,) = re.findall(r"^not projected: ([\d.]+)%$", output, re.MULTILINE)
+    assert float(unprojected) > 90
+    at = list(thresholds).index(99.0)
+    assert shares[at] < 60  # half of the directions …
+    assert leading[at] > float(unprojected) - 4  # … are as good as all, but not if they are random
+    assert random[at] < leading[at] - 30
+    assert leading[-1] == pytest.approx(float(unprojected), abs=0.7)
+    assert ((lowest <= random) & (random <= highest)).all()
+    files, picture = re.findall(r"^(?:Files|Picture) +(.*)$", output, re.MULTILINE)
+    assert (tmp_path / files).samefile(run)
+    assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["torchrun.py", "with_accelerate.py"])
