@@ -452,8 +452,11 @@ def place(name: str, rank: int, folder: Path, messages: Messages) -> dict[str, A
         output = forward(x)
         tensor: Tensor = output[0] if isinstance(output, tuple) else output
         rows.append(placed_rows(tensor.detach().double().clone(), case.options))
-        given = [placement if placement.is_partial() else Replicate() for placement in case.placements]
-        placed = DTensor.from_local(tensor, group, given).redistribute(group, case.placements)
+        # A partial one is said to be what it is: older versions of torch do not make one of another placement.
+        partial = any(placement.is_partial() for placement in case.placements)
+        given = case.placements if partial else [Replicate() for _ in case.placements]
+        placed = DTensor.from_local(tensor, group, given)
+        placed = placed if partial else placed.redistribute(group, case.placements)
         return (placed, *output[1:]) if isinstance(output, tuple) else placed
 
     layer.forward = placing
