@@ -251,26 +251,39 @@ def marchenko_pastur_median(ratio: float) -> float:
     return centre + radius * math.cos(theta)
 
 
-def noise_rank(eigenvalues: F64, samples: int, product_eps: float = FLOAT32_EPS) -> int:
-    """Return how many eigenvalues stand above the edge σ²(1+√γ)² of pure noise, γ = d/m, m = n - 1.
+def noise_edge(eigenvalues: F64, samples: int, product_eps: float = FLOAT32_EPS) -> float:
+    """Return the edge σ²(1+√γ)² that eigenvalues of pure noise stay under, γ = d/m, m = n - 1; 0 if Σλ = 0.
 
-    `samples` is n; centring takes one degree of freedom. Noise of covariance σ²·I makes p = min(d, m) non-zero
-    eigenvalues, which up to one factor follow the Marchenko-Pastur law of ratio β = p/max(d, m), for d ≤ m
-    and d > m alike. With μ its median, the edge is (1+√β)²/μ times the median of the leading p eigenvalues.
-    Those that are rounding count as zero. Pure noise gives 0, now and then 1, as the largest fluctuates about
-    the edge; 0 if Σλ = 0. Source: Gavish & Donoho, IEEE Transactions on Information Theory 60 (2014).
+    In the unit of the eigenvalues. `samples` is n; centring takes one degree of freedom. Noise of covariance σ²·I
+    makes p = min(d, m) non-zero eigenvalues, which up to one factor follow the Marchenko-Pastur law of ratio
+    β = p/max(d, m), for d ≤ m and d > m alike. With μ its median, the edge is (1+√β)²/μ times the median of the
+    leading p eigenvalues. Those that are rounding count as zero, and where more than half of the p are, so is the
+    edge. Source: Gavish & Donoho, IEEE Transactions on Information Theory 60 (2014).
 
-    >>> noise_rank(np.array([30.0, 1.1, 1.05, 1.0, 0.95, 0.9]), samples=1000)
-    1
+    >>> round(noise_edge(np.array([30.0, 1.1, 1.05, 1.0, 0.95, 0.9]), samples=1000), 4)
+    1.1924
     """
     relative = _relative(eigenvalues)  # a new array: rounding can be zeroed in it
     if not relative.size:
-        return 0
+        return 0.0
     relative[_resolved(eigenvalues, product_eps).size :] = 0.0
     noisy, larger = sorted((eigenvalues.size, max(int(samples) - 1, 1)))
     ratio = noisy / larger
     edge_over_median = (1 + math.sqrt(ratio)) ** 2 / marchenko_pastur_median(ratio)
-    return int(np.count_nonzero(relative > np.median(relative[:noisy]) * edge_over_median))
+    return float(np.median(relative[:noisy])) * edge_over_median * float(eigenvalues[0])
+
+
+def noise_rank(eigenvalues: F64, samples: int, product_eps: float = FLOAT32_EPS) -> int:
+    """Return how many eigenvalues stand above the `noise_edge`, those that are rounding left out.
+
+    Pure noise gives 0, now and then 1, as the largest fluctuates about the edge; 0 if Σλ = 0.
+
+    >>> noise_rank(np.array([30.0, 1.1, 1.05, 1.0, 0.95, 0.9]), samples=1000)
+    1
+    """
+    relative = _relative(eigenvalues)
+    edge = noise_edge(relative, samples, product_eps)
+    return int(np.count_nonzero(_resolved(relative, product_eps) > edge))
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,7 +316,7 @@ def statistics(
     """Compute the statistics asked for from one spectrum, and `schema.EXTRA_STATS` from that of another matrix.
 
     `trace` is the sum of Q's diagonal, `diagonal_trace` that of the clipped eigenvalues; `samples` is n; `stats`
-    goes through `resolve_stats`. Saturation and intrinsic dimensionality are always there, "cov" adds no value.
+    goes through `resolve_stats`. Saturation and intrinsic dimensionality are always there; "cov" and "embed" add none.
     `covariance` is Q (its upper triangle is enough) and `mean` the mean row: `EXTRA_STATS` need them, and one
     decomposition for RankMe, one for all that is of the correlation. Raises OptionError for a bad threshold or
     name, ValueError where they are needed and not given.

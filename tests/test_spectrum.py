@@ -598,6 +598,39 @@ def test_noise_rank_of_signal_without_noise_counts_the_signal_alone() -> None:
     assert spectrum.noise_rank(lam, 1000) == 2
 
 
+@pytest.mark.parametrize(("samples", "features"), SHAPES)
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 30.0])
+def test_the_noise_edge_is_that_of_marchenko_and_pastur(samples: int, features: int, sigma: float) -> None:
+    rows = 3.0 + sigma * np.random.default_rng(5).normal(size=(samples, features))
+    lam = spectrum.eigenvalues(population_covariance(rows))
+    # The population covariance divides by n what has n - 1 degrees of freedom.
+    expected = sigma**2 * (1 + math.sqrt(features / (samples - 1))) ** 2 * (samples - 1) / samples
+    assert spectrum.noise_edge(lam, samples, FLOAT64_EPS) == pytest.approx(expected, rel=0.06)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lam=st.lists(st.floats(0, 1e6), min_size=1, max_size=30).map(lambda v: np.array(sorted(v, reverse=True))),
+    samples=st.integers(0, 100),
+)
+def test_noise_rank_counts_what_is_above_the_edge(lam: F64, samples: int) -> None:
+    edge = spectrum.noise_edge(lam, samples)
+    resolved = lam[lam >= spectrum.rounding_floor(lam)] if lam.any() else lam[:0]
+    near = np.isclose(resolved, edge, rtol=1e-12, atol=0.0)  # equal up to rounding: either count is right
+    above = int(np.count_nonzero((resolved > edge) & ~near))
+    assert above <= spectrum.noise_rank(lam, samples) <= above + np.count_nonzero(near)
+
+
+def test_the_noise_edge_has_the_unit_of_the_eigenvalues() -> None:
+    lam = np.array([30.0, 1.1, 1.05, 1.0, 0.95, 0.9])
+    assert spectrum.noise_edge(lam * 2.0**900, 50) == spectrum.noise_edge(lam, 50) * 2.0**900
+    assert spectrum.noise_edge(lam * 2.0**-900, 50) == spectrum.noise_edge(lam, 50) * 2.0**-900
+    assert spectrum.noise_edge(np.full(6, 1e308), 6) == math.inf
+    assert spectrum.noise_rank(np.full(6, 1e308), 6) == 0
+    assert spectrum.noise_edge(np.zeros(6), 50) == 0.0
+    assert spectrum.noise_edge(np.zeros(0), 50) == 0.0
+
+
 def test_centring_takes_one_degree_of_freedom_from_the_noise() -> None:
     # Three observations make two eigenvalues; counted as three, the zero among them would lower the median.
     assert spectrum.noise_rank(np.array([1.0, 0.01, 0.0]), samples=3) == 0

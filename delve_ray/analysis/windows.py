@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from delve_ray.analysis.keys import Keys, matching, numbers
 from delve_ray.errors import ReadError
 from delve_ray.schema import PHASES
 
@@ -32,7 +34,7 @@ def distinct(column: pa.ChunkedArray) -> list[str]:
 
 def steps_of(spectra: pa.Table, phase: str) -> list[int]:
     """The steps that have rows of a phase, ascending."""
-    return sorted(pc.unique(spectra.filter(pc.field("phase") == phase).column("step")).to_pylist())
+    return sorted(pc.unique(matching(spectra, phase=phase).column("step")).to_pylist())
 
 
 def select_windows(spectra: pa.Table, step: int | None = None, phase: str | None = None) -> dict[str, int]:
@@ -69,12 +71,15 @@ def network_order(spectra: pa.Table) -> list[str]:
     >>> network_order(pa.table(columns | {"run": ["r"] * 5, "phase": ["train"] * 5}))
     ['a', 'b', 'c']
     """
-    windows = spectra.select(["run", "phase", "step", "layer"]).group_by(["run", "phase", "step"], use_threads=False)
-    listed = windows.aggregate([("layer", "list")]).column("layer_list").to_pylist()
+    window = Keys(spectra).codes(("run", "phase", "step"))
+    by_window = np.argsort(window, kind="stable")
+    layer = spectra.column("layer").combine_chunks().dictionary_encode(null_encoding="encode")
+    names, index = layer.dictionary.to_pylist(), numbers(layer.indices)[by_window]
+    listed = np.split(index, np.flatnonzero(np.diff(window[by_window])) + 1)
     order: list[str] = []
-    for layers in dict.fromkeys(map(tuple, listed)):  # most windows have the same
+    for layers in dict.fromkeys(tuple(each.tolist()) for each in listed):  # most windows have the same
         place = 0
-        for layer in layers:
+        for layer in (names[number] for number in layers):
             if layer in order:
                 place = order.index(layer) + 1
             else:

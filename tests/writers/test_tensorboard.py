@@ -1,16 +1,28 @@
+import io
 import math
 import os
 import shutil
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from delve_ray.analysis.plots.canvas import PHASE_COLOURS
 from delve_ray.errors import OptionError
-from delve_ray.schema import EXTRA_STATS, SCALAR_STATS, window_metrics
+from delve_ray.schema import EXTRA_STATS, PHASES, SCALAR_STATS, window_metrics
 from delve_ray.storage import Storage
-from delve_ray.writers.tensorboard import MAX_BINS, TensorBoardWriter, spectrum_histogram
+from delve_ray.writers import WriterRun, make_writers
+from delve_ray.writers.parquet import spectra_table
+from delve_ray.writers.tensorboard import (
+    FIGURE_DPI,
+    MAX_BINS,
+    TensorBoardWriter,
+    spectrum_histogram,
+    window_figures,
+)
 from tests.windows import HOSTILE_NAMES, START, later, layer_row, scalar, window
 
 
@@ -260,3 +272,106 @@ def test_without_its_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX.proto", None)
     with pytest.raises(OptionError, match="pip install tensorboardX"):
         TensorBoardWriter(Storage(tmp_path))
+
+
+def pictures(tmp_path):
+    """Every image in the event files: {tag: [(step, decoded RGBA image, width, height)]}."""
+    from PIL import Image
+
+    accumulator = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    accumulator.Reload()
+    return {
+        tag: [
+            (event.step, Image.open(io.BytesIO(event.encoded_image_string)), event.width, event.height)
+            for event in accumulator.Images(tag)
+        ]
+        for tag in accumulator.Tags()["images"]
+    }
+
+
+def two_phases(step=0, **changes):
+    """A window of two layers in both phases, with a tail of bars and a spectrum."""
+    eigenvalues = 5.0 * 0.5 ** np.arange(20)
+    rows = [
+        layer_row(layer, phase, features=20, samples=500, stats={"saturation": 0.4}, eigenvalues=eigenvalues)
+        for phase in ("train", "eval")
+        for layer in ("conv1", "$conv_{")
+    ]
+    return window(rows, step=step, window=step, **changes)
+
+
+def test_figures_are_images_of_each_phase_and_step(tmp_path):
+    writer = TensorBoardWriter(Storage(tmp_path), figures=True)
+    for step in (0, 3):
+        writer.write(two_phases(step))
+    writer.close()
+
+    found = pictures(tmp_path)
+    assert set(found) == {f"{name}/{phase}" for name in ("saturation_per_layer", "eigenspectra") for phase in PHASES}
+    for tag, images in found.items():
+        assert [step for step, *_ in images] == [0, 3]
+        for _, image, width, height in images:
+            assert image.size == (width, height)
+            assert (image.mode, min(image.size) > 300) == ("RGBA", True)
+            colour = to_rgb(PHASE_COLOURS[tag.rpartition("/")[2]])
+            near = np.abs(np.asarray(image)[..., :3] / 255 - colour).max(axis=-1) < 0.02
+            assert near.sum() > 50, tag
+    assert points(events(tmp_path), "saturation/train/conv1") == [(0, pytest.approx(0.4)), (3, pytest.approx(0.4))]
+
+
+def test_figures_are_those_of_the_analysis(tmp_path):
+    from delve_ray.analysis.plots import eigenspectra, saturation_per_layer
+
+    drawn = window_figures(two_phases(7))
+    spectra = spectra_table(two_phases(7))
+    for name, draw in (("saturation_per_layer", saturation_per_layer), ("eigenspectra", eigenspectra)):
+        for phase in PHASES:
+            file = io.BytesIO()
+            draw(spectra, phase=phase).savefig(file, format="png", dpi=FIGURE_DPI)
+            assert drawn[f"{name}/{phase}"]["encoded_image_string"] == file.getvalue()
+
+
+def test_nothing_is_drawn_unless_asked_for(tmp_path):
+    program = f"""
+import sys
+from delve_ray.storage import Storage
+from delve_ray.writers.tensorboard import TensorBoardWriter
+from tests.windows import layer_row, window
+for figures in (False, True):
+    writer = TensorBoardWriter(Storage({str(tmp_path)!r}), figures=figures)
+    writer.write(window([layer_row()], final=not figures))
+    assert "delve_ray.analysis.plots" not in sys.modules
+    assert "matplotlib" not in sys.modules
+writer.write(window([layer_row()], step=1))
+assert "delve_ray.analysis.plots" in sys.modules
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {step for images in pictures(tmp_path).values() for step, *_ in images} == {1}
+
+
+def test_a_picture_that_cannot_be_drawn_costs_no_values(tmp_path, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("delve_ray.analysis.plots.eigenspectra", fail)
+    writer = TensorBoardWriter(Storage(tmp_path), figures=True)
+    writer.write(two_phases(4))
+    writer.close()
+    assert points(events(tmp_path), "saturation/eval/conv1") == [(4, pytest.approx(0.4))]
+    assert pictures(tmp_path) == {}
+    assert "figures of run 'run', step 4 cannot be drawn" in caplog.text
+    assert "no ink" in caplog.text
+
+
+def test_figures_need_matplotlib_and_a_flag(tmp_path, monkeypatch):
+    run = WriterRun("run", Storage(tmp_path))
+    with pytest.raises(OptionError, match="figures='yes' must be True or False"):
+        make_writers(["tensorboard"], run, {"tensorboard": {"figures": "yes"}})
+    with pytest.raises(OptionError, match=r"writer_args=\{'tensorboard': \{'figure': True\}\} does not fit: .*figure"):
+        make_writers(["tensorboard"], run, {"tensorboard": {"figure": True}})
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(OptionError, match=r"needs matplotlib: pip install \"delve_ray\[plot\]\""):
+        make_writers(["tensorboard"], run, {"tensorboard": {"figures": True}})
+    assert make_writers(["tensorboard"], run, {"tensorboard": {"figures": False}})

@@ -6,10 +6,8 @@ import pytest
 
 from delve_ray.analysis.plots import MAX_LEGEND, saturation_over_steps
 from delve_ray.errors import ReadError
+from tests.analysis.plots.pictures import FIVE, FORTY, words_of
 from tests.spectra_tables import network, spectra_table
-
-FIVE = ["conv1", "conv2", "conv3", "hidden", "output"]
-FORTY = [f"model.layers.{index // 4}.part{index % 4}" for index in range(40)]
 
 
 def lines_of(figure):
@@ -19,11 +17,6 @@ def lines_of(figure):
         line.get_label(): (list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle(), line.get_color())
         for line in lines
     }
-
-
-def words_of(figure):
-    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend())]
-    return [text.get_text() for legend in legends for text in legend.get_texts()]
 
 
 def test_the_lines_carry_the_values():
