@@ -20,9 +20,11 @@ from delve_ray.errors import OptionError
 from delve_ray.schema import F64, PublishedWindow, metric_key, window_metrics
 from delve_ray.storage import Storage
 from delve_ray.writers.base import Scalar, WriterRun
+from delve_ray.writers.projector import embedding_names, write_embeddings
 
 log = logging.getLogger(__name__)
 
+FOLDER = "tensorboard"
 _RGBA = 4
 FIGURE_DPI = 90
 """Of the images: with it they are 1080 pixels wide, or 810 where there are few layers."""
@@ -45,6 +47,8 @@ class TensorBoardWriter:
     corrected final revision, or a restarted attempt that replays a step, adds a newer point on that step;
     the Parquet files say which one holds. So does a write that is made again because its flush failed: it
     may add the same point twice.
+
+    Embeddings (`stats=["embed"]`) go to the projector: the last window's of each phase and layer.
 
     An event file that was removed while it was open, or its directory, is followed by a new one. What fails
     half-way is followed by a new file, too, because nothing can be read behind half an event.
@@ -80,7 +84,8 @@ class TensorBoardWriter:
             )
         self._figures = figures
         self._new_event = event_pb2.Event
-        self._directory = os.path.join(storage.local_path, "tensorboard")
+        self._storage = storage
+        self._directory = os.path.join(storage.local_path, FOLDER)
         self._file: _EventFile | None = None
 
     def open(self, run: WriterRun) -> None:
@@ -99,6 +104,8 @@ class TensorBoardWriter:
                 event.summary.value.add(tag=metric_key("eigenspectrum", row.phase, row.layer), histo=histogram)
         for tag, image in self._drawn(window).items():
             event.summary.value.add(tag=tag, image=image)
+        if embeddings := embedding_names(list(window.rows)):  # first: they may be written twice, an event may not
+            write_embeddings(self._storage, FOLDER, embeddings)
         self._append([event])
 
     def write_scalars(self, scalars: list[Scalar]) -> None:
