@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from delve_ray.errors import OptionError
-from delve_ray.schema import EXTRA_STATS, SCALAR_STATS
+from delve_ray.schema import EXTRA_STATS, PHASES, SCALAR_STATS
 
 COVARIANCE_STAT = "cov"  # the one statistic that is no scalar: the covariance itself is written
 EMBED_STAT = "embed"  # neither: rows of the layer in two dimensions
@@ -82,7 +82,8 @@ def resolve_stats(stats: Sequence[str] | str | None) -> tuple[str, ...]:
     Takes long names, Delve's short ones (lsat, idim, cov, det, trc, dtrc, embed), "covariance", and "correlation" for
     the three of the correlation matrix; a bare string is one name. None is every scalar that the covariance's own
     spectrum gives: those of other matrices (`schema.EXTRA_STATS`) take a decomposition each, and are computed
-    where they are named. Raises OptionError for others.
+    where they are named. Delve's names with a phase, such as "lsat_eval", are the same without it: there are always
+    both. Raises OptionError for others.
 
     >>> resolve_stats(["cov", "trc", "lsat", "saturation"])
     ('saturation', 'trace', 'cov')
@@ -92,7 +93,9 @@ def resolve_stats(stats: Sequence[str] | str | None) -> tuple[str, ...]:
     if not isinstance(stats, (str, Sequence, set, frozenset)):
         raise OptionError(f"stats={stats!r} is of type {type(stats).__name__}; it is a list of names or None")
     known, asked = (*_CANONICAL, *_SHORT_NAMES), set[str]()
-    for name in [stats] if isinstance(stats, str) else stats:
+    for given in [stats] if isinstance(stats, str) else stats:
+        short, _, phase = str(given).rpartition("_")
+        name = short if phase in PHASES and short in _SHORT_NAMES else given
         if name not in known:
             close = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.5)
             hint = f"did you mean {close[0]!r}? " if close else ""

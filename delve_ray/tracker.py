@@ -395,6 +395,10 @@ class SaturationTracker:
         limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
         wait_written(self._shipper, limit)
 
+    def save(self) -> None:
+        """`flush()`, by Delve's name: files are written by themselves, and this waits for them."""
+        self.flush()
+
     def close(self, timeout: float | None = None) -> None:
         """Remove the hooks, deliver everything, and leave the run; the last rank to leave waits for its files.
 

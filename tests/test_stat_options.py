@@ -143,3 +143,13 @@ def test_statistics_of_other_matrices_are_there_only_where_they_are_named() -> N
     assert not set(EXTRA_STATS) & {*resolve_stats(None), *resolve_stats(list(SCALAR_STATS))}
     with pytest.raises(OptionError, match="did you mean 'rankme'"):
         resolve_stats(["rank_me"])
+
+
+@pytest.mark.parametrize("phase", ["train", "eval"])
+def test_delves_names_with_a_phase(phase):
+    assert resolve_stats(["lsat", f"lsat_{phase}"]) == ("saturation",)
+    assert resolve_stats([f"idim_{phase}"]) == ("intrinsic_dimensionality",)
+    with pytest.raises(OptionError, match=f"unknown name 'trace_{phase}'"):
+        resolve_stats([f"trace_{phase}"])
+    with pytest.raises(OptionError, match="unknown name 'lsat_test'"):
+        resolve_stats(["lsat_test"])

@@ -35,19 +35,31 @@ BUILT_IN = {
     "parquet": "delve_ray.writers.parquet:ParquetWriter",
     "tensorboard": "delve_ray.writers.tensorboard:TensorBoardWriter",
     "csv": "delve_ray.writers.csv:CsvWriter",
+    "npy": "delve_ray.writers.npy:NpyWriter",
+    "plot": "delve_ray.writers.plot:PlotWriter",
     "console": "delve_ray.writers.console:ConsoleWriter",
     "wandb": "delve_ray.writers.wandb:WandbWriter",
     "mlflow": "delve_ray.writers.mlflow:MlflowWriter",
 }
 """Where each writer is; a package that only one needs is imported when that one is opened."""
-FILES = ("parquet", "tensorboard", "csv")
-"""Writers whose files lie in the run's directory, and nowhere else."""
+FILES = ("parquet", "tensorboard", "csv", "npy")
+"""Writers of a record whose files lie in the run's directory, and nowhere else."""
 _OF_A_STORAGE = ("parquet", "tensorboard")
 """Writers that are made for a directory: others use them without a store."""
-ALIASES = {"print": "console"}
-"""Delve's names."""
-NOT_YET = ("npy", "plot")
-"""Delve's names for writers that do not exist here so far."""
+ALIASES = {
+    "print": ("console",),
+    "tb": ("tensorboard",),
+    **dict.fromkeys(("plotcsv", "csvplot", "csvplotting"), ("csv", "plot")),
+}
+"""Delve's names: the writers that each means, of which the last takes its options."""
+DELVE_OPTIONS = {"figsize": "plot", "fontsize": "plot", "zip": "npy"}
+"""Delve's writer_args have no writer's name before them: whose each is."""
+DELVE_REFUSED = {
+    "primary_metric": "add_scalar records a metric beside the spectra, and read_scalars reads it",
+    "plot_manipulation_func": "delve_ray.analysis.plots makes the same pictures as figures to change",
+    "savepath": "the files lie in the savefile's directory",
+}
+"""Those that are not there, and what is there for them."""
 GROUP = "delve_ray.writers"
 """Entry points of other packages' writers."""
 SaveTo: TypeAlias = str | Writer | Iterable[str | Writer]
@@ -57,20 +69,19 @@ _METHODS = ("open", "write", "write_scalars", "close")
 def check_save_to(save_to: SaveTo) -> tuple[str, ...]:
     """The names in `save_to`, those of writer objects included, each once, in their order.
 
-    Raises OptionError for an empty list, an unknown name, an object that is no writer, or two of one name, and
-    NotImplementedError for a writer that does not exist yet.
+    Delve's other names are taken for the writers that they mean. Raises OptionError for an empty list, an unknown name,
+    an object that is no writer, or two of one name.
 
-    >>> check_save_to(["parquet", "tensorboard", "parquet"])
-    ('parquet', 'tensorboard')
+    >>> check_save_to(["parquet", "tensorboard", "parquet"]), check_save_to("plotcsv")
+    (('parquet', 'tensorboard'), ('csv', 'plot'))
     """
     if save_to is None:
         raise OptionError(f"save_to=None: name at least one of {_quoted(available())}")
     items = _items(save_to)
     if not items:
         raise OptionError(f"save_to={save_to!r} is empty: name at least one of {_quoted(available())}")
-    names = [_checked(item) for item in items]
-    objects = [name for item, name in zip(items, names, strict=True) if not isinstance(item, str)]
-    for name in objects:
+    names = [name for item in items for name in _checked(item)]
+    for name in [writer.name for writer in given_writers(save_to)]:
         if names.count(name) > 1 or name in BUILT_IN:
             raise OptionError(f"save_to={save_to!r}: two writers are called {name!r}; give each a name of its own")
     return tuple(dict.fromkeys(names))
@@ -84,20 +95,40 @@ def given_writers(save_to: Any) -> tuple[Writer, ...]:
 def check_writer_args(writer_args: Any, save_to: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Options of the writers in `save_to`, by name.
 
-    Raises OptionError for a name that is not there, and options that are none.
+    Delve gives them without the writer's name, which is found. Raises OptionError for a name that is not there, and
+    options that are none.
+
+    >>> check_writer_args({"figsize": (9, 5), "print": {"table": True}}, ["plot", "console"])
+    {'plot': {'figsize': (9, 5)}, 'console': {'table': True}}
     """
     if writer_args is None:
         return {}
     if not isinstance(writer_args, Mapping):
         raise OptionError(f"writer_args is a {type(writer_args).__name__}, not a dict of options by writer")
-    args = {ALIASES.get(str(name), str(name)): options for name, options in writer_args.items()}
-    for name, options in args.items():
+    args: dict[str, dict[str, Any]] = {}
+    for key, value in writer_args.items():
+        name, options = _owned(str(key), value, save_to)
         if name not in save_to or not isinstance(options, Mapping):
             raise OptionError(
-                f"writer_args has {name!r}; give options by the writer's name, such as "
+                f"writer_args has {key!r}; give options by the writer's name, such as "
                 f"{{{save_to[0] if save_to else 'csv'!r}: {{…}}}}; save_to has {_quoted(save_to)}"
             )
-    return {name: dict(options) for name, options in args.items()}
+        args.setdefault(name, {}).update(options)
+    return args
+
+
+def _owned(key: str, value: Any, save_to: Sequence[str]) -> tuple[str, Any]:
+    """A writer's name and its options, out of an entry of `writer_args`."""
+    if key in save_to or key in ALIASES:
+        return ALIASES.get(key, (key,))[-1], value
+    if key in DELVE_REFUSED:
+        raise OptionError(f"writer_args has {key!r}, which no writer takes: {DELVE_REFUSED[key]}")
+    if key in DELVE_OPTIONS and DELVE_OPTIONS[key] not in save_to:
+        raise OptionError(
+            f"writer_args has {key!r}, an option of {DELVE_OPTIONS[key]!r}, and save_to has {_quoted(save_to)}; "
+            f"leave it out, or name {DELVE_OPTIONS[key]!r} in save_to"
+        )
+    return (DELVE_OPTIONS[key], {key: value}) if key in DELVE_OPTIONS else (key, value)
 
 
 def make_writers(
@@ -112,9 +143,8 @@ def make_writers(
     take.
     """
     objects = {writer.name: writer for writer in given}
-    return [
-        objects[name] if name in objects else _make(_checked(name), (args or {}).get(name, {}), run) for name in save_to
-    ]
+    names = dict.fromkeys(name for item in save_to for name in ((item,) if item in objects else _checked(item)))
+    return [objects[name] if name in objects else _make(name, (args or {}).get(name, {}), run) for name in names]
 
 
 def open_writers(writers: Sequence[Writer], run: WriterRun, *, later: bool = False) -> list[Writer]:
@@ -206,18 +236,17 @@ def _make(name: str, options: Mapping[str, Any], run: WriterRun) -> Writer:
     return _check_writer(writer, name)
 
 
-def _checked(item: object) -> str:
-    """The name of an item of `save_to`."""
+def _checked(item: object) -> tuple[str, ...]:
+    """The names that an item of `save_to` means."""
     if not isinstance(item, str):
-        return _check_writer(item, None).name
-    name = ALIASES.get(item, item)
-    if name in NOT_YET:
-        raise NotImplementedError(f"save_to={item!r} is not available yet; available: {_quoted(available())}")
-    if name not in BUILT_IN and name not in available():
-        close = get_close_matches(name.lower(), available(), n=1)
+        return (_check_writer(item, None).name,)
+    if item in ALIASES:
+        return ALIASES[item]
+    if item not in BUILT_IN and item not in available():
+        close = get_close_matches(item.lower(), available(), n=1)
         meant = f" Did you mean {close[0]!r}?" if close else ""
         raise OptionError(f"save_to={item!r} is unknown; valid: {_quoted(available())}.{meant}")
-    return name
+    return (item,)
 
 
 def _check_writer(writer: Any, name: str | None) -> Writer:

@@ -16,7 +16,7 @@ from delve_ray.writers import (
 )
 from tests.windows import window
 
-VALID = "'parquet', 'tensorboard', 'csv', 'console', 'wandb', 'mlflow'"
+VALID = "'parquet', 'tensorboard', 'csv', 'npy', 'plot', 'console', 'wandb', 'mlflow'"
 
 
 @pytest.mark.parametrize(
@@ -31,12 +31,6 @@ VALID = "'parquet', 'tensorboard', 'csv', 'console', 'wandb', 'mlflow'"
 def test_names_and_their_order(save_to, names, tmp_path):
     assert check_save_to(save_to) == names
     assert [writer.name for writer in make_writers(names, WriterRun("run", Storage(tmp_path)))] == list(names)
-
-
-@pytest.mark.parametrize("name", ["npy", "plot"])
-def test_writers_that_are_still_to_come(name):
-    with pytest.raises(NotImplementedError, match=f"save_to='{name}' is not available yet.*'parquet', 'tensorboard'"):
-        check_save_to(["parquet", name])
 
 
 @pytest.mark.parametrize(
@@ -82,9 +76,37 @@ class Keeping:
         self.calls.append(("close",))
 
 
-def test_delves_name_for_the_console():
-    assert check_save_to(["print", "console"]) == ("console",)
-    assert check_writer_args({"print": {"table": True}}, ("console",)) == {"console": {"table": True}}
+@pytest.mark.parametrize(
+    ("save_to", "names"),
+    [
+        (["print", "console"], ("console",)),
+        ("tb", ("tensorboard",)),
+        (["plot", "plotcsv"], ("plot", "csv")),
+        ("csvplot", ("csv", "plot")),
+        (["parquet", "csvplotting", "csv"], ("parquet", "csv", "plot")),
+    ],
+)
+def test_delves_other_names(save_to, names, tmp_path):
+    assert check_save_to(save_to) == names
+    given = [save_to] if isinstance(save_to, str) else save_to
+    assert [writer.name for writer in make_writers(given, WriterRun("run", Storage(tmp_path)))] == list(names)
+
+
+@pytest.mark.parametrize(
+    ("args", "save_to", "found"),
+    [
+        ({"print": {"table": True}}, ("console",), {"console": {"table": True}}),
+        ({"figsize": (9, 5), "fontsize": 12}, ("csv", "plot"), {"plot": {"figsize": (9, 5), "fontsize": 12}}),
+        (
+            {"plotcsv": {"fontsize": 12}, "zip": True},
+            ("csv", "plot", "npy"),
+            {"plot": {"fontsize": 12}, "npy": {"zip": True}},
+        ),
+        ({"figsize": {"a": 1}}, ("figsize",), {"figsize": {"a": 1}}),
+    ],
+)
+def test_delves_way_of_giving_options(args, save_to, found):
+    assert check_writer_args(args, save_to) == found
 
 
 def test_an_object_beside_names(tmp_path):
@@ -148,6 +170,9 @@ def test_what_is_no_writer(save_to, words):
         ({"project": "x"}, r"writer_args has 'project'; give options by the writer's name, such as \{'csv': "),
         ({"wandb": {}}, "save_to has 'csv'"),
         ({"csv": 3}, "writer_args has 'csv'"),
+        ({"plotcsv": {}}, "writer_args has 'plotcsv'; .* save_to has 'csv'"),
+        ({"fontsize": 3}, "writer_args has 'fontsize', an option of 'plot', and save_to has 'csv'; leave it out"),
+        ({"primary_metric": "loss"}, "writer_args has 'primary_metric', which no writer takes: .* read_scalars"),
         ("csv", "writer_args is a str"),
     ],
 )
@@ -189,8 +214,8 @@ def test_a_writer_of_another_package(package, tmp_path):
 def test_a_writer_imports_only_what_it_needs(tmp_path):
     code = (
         "import sys; from delve_ray.writers import WriterRun, make_writers; from delve_ray.storage import Storage\n"
-        f"make_writers(['parquet', 'csv', 'console'], WriterRun('run', Storage({str(tmp_path)!r})))\n"
-        "print(sorted({'torch', 'ray', 'tensorboardX', 'wandb', 'mlflow'} & set(sys.modules)))"
+        f"make_writers(['parquet', 'csv', 'npy', 'plot', 'console'], WriterRun('run', Storage({str(tmp_path)!r})))\n"
+        "print(sorted({'torch', 'ray', 'tensorboardX', 'wandb', 'mlflow', 'matplotlib'} & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
