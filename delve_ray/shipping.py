@@ -207,7 +207,7 @@ class Shipper:
             scalars = len(self._scalars) + sum(len(i.scalars) for i in queued) + sum(len(d.scalars) for d in waiting)
             steps = {delta.step for delta in waiting if delta.entries or delta.closes}
             steps |= {item.step for item in queued if item.harvest or item.closes}
-        return f"rows of steps {sorted(steps)}, {scalars} scalars"
+        return f"rows of {_spans(steps)}, {scalars} scalars"
 
     # --- the packer's thread -----------------------------------------------------------------------------------
 
@@ -382,3 +382,12 @@ class Shipper:
             log.debug("heartbeat: %s", error)
         except Exception as error:
             self._lose(f"{type(error).__name__}: {error}")
+
+
+def _spans(steps: set[int]) -> str:
+    """Steps in words, however many they are.
+
+    >>> _spans({3}), _spans({5, 3, 4}), _spans({1, 2, 3, 4, 5, 9, 12})
+    ('steps [3]', 'steps [3, 4, 5]', '7 steps from 1 to 12')
+    """
+    return f"steps {sorted(steps)}" if len(steps) <= 5 else f"{len(steps)} steps from {min(steps)} to {max(steps)}"
