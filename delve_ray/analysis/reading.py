@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from delve_ray.analysis.keys import I64, Keys, dense, int64_array, numbers
 from delve_ray.analysis.run_files import (
     COVARIANCES,
-    I64,
+    EMBEDDINGS,
     SCALARS,
     SPECTRA,
     Kind,
     RunPath,
+    below_each_other,
     find_runs,
     in_parallel,
     list_files,
@@ -33,6 +35,10 @@ Filters: TypeAlias = pc.Expression | Sequence[Any]
 
 TRIES = 5
 """How often a run is listed because a file went between listing and opening."""
+MANY_FILES = 100
+MANY_COLUMNS = 8
+"""From so many files on, opening one takes longer than reading so many columns of it: where that is all that the rows
+which pass a filter need, it is read of all rows, and no file is opened twice."""
 _ROW = "__row"
 
 
@@ -66,7 +72,7 @@ def read_spectra(
     >>> read_spectra(run, columns=["step", "layer", "saturation"], filters=[("phase", "==", "eval")]).shape
     (0, 3)
     """
-    return _read(SPECTRA, paths, columns, filters, attempts)
+    return read(SPECTRA, paths, columns, filters, attempts)
 
 
 def read_covariances(
@@ -82,7 +88,7 @@ def read_covariances(
     `delve_ray.moments.unpack_triangle` makes a matrix of it. A step that a later attempt or revision
     published without covariances has none: those of before describe other observations than its spectra.
     """
-    return _read(COVARIANCES, paths, columns, filters, attempts)
+    return read(COVARIANCES, paths, columns, filters, attempts)
 
 
 def read_scalars(
@@ -96,16 +102,17 @@ def read_scalars(
 
     The latest attempt that recorded a name at a step holds, and of a rank that did so twice the later value.
     """
-    return _read(SCALARS, paths, columns, filters, attempts)
+    return read(SCALARS, paths, columns, filters, attempts)
 
 
-def _read(
+def read(
     kind: Kind,
     paths: RunPath | Iterable[RunPath],
     columns: Sequence[str] | None,
     filters: Filters | None,
     attempts: str,
 ) -> pa.Table:
+    """The rows of a kind of file; see `read_spectra`."""
     if attempts not in ("latest", "all"):
         raise ReadError(f"attempts={attempts!r} is neither 'latest' nor 'all'")
     kind = kind.of_each_attempt() if attempts == "all" else kind
@@ -119,7 +126,7 @@ def _read(
     tables = [_read_run(run, kind, wanted, expression) for run in find_runs(paths, kind.folder)]
     table = pa.concat_tables(tables)
     if len(tables) > 1:
-        table = take(table, np.argsort(_codes(table, kind.order), kind="stable"))
+        table = take(table, np.argsort(Keys(table).codes(kind.order), kind="stable"))
     return table.select(wanted).replace_schema_metadata(kind.schema.metadata)
 
 
@@ -150,20 +157,27 @@ def _read_run_once(run: Storage, kind: Kind, wanted: Sequence[str], expression: 
     """
     filtered = _mentioned(kind, expression)
     first = {*kind.keys, *filtered}
-    if expression is None:
-        first.update(name for name in wanted if not pa.types.is_list(kind.schema.field(name).type))
     # A covariance must not outlive its spectrum, so the spectra's keys count, too. They are read first, because
     # a writer puts covariances first: what is replaced meanwhile can then not seem to be without any.
-    paired = kind.folder == COVARIANCES.folder
-    spectra = read_files(run, SPECTRA, list_files(run, SPECTRA), kind.keys)[0] if paired else None
+    paired = kind.folder in (COVARIANCES.folder, EMBEDDINGS.folder)
+    shared = [name for name in kind.keys if name in SPECTRA.schema.names]
+    spectra = read_files(run, SPECTRA, list_files(run, SPECTRA), shared)[0] if paired else None
     files = list_files(run, kind)
+    short = {name for name in wanted if not pa.types.is_list(kind.schema.field(name).type)} - first
+    if expression is None or (len(files) > MANY_FILES and len(short) <= MANY_COLUMNS):
+        first |= short
     table, counts = read_files(run, kind, files, [name for name in kind.schema.names if name in first])
-    table = table.append_column(_ROW, pa.array(np.arange(table.num_rows)))
-    rows = _current(table, spectra, kind)
+    table = table.append_column(_ROW, int64_array(np.arange(table.num_rows)))
+    keys = table.select(kind.keys)
+    coded = Keys(keys if spectra is None else pa.concat_tables([keys, spectra], promote_options="default"))
+    rows = _current(coded, table.num_rows, kind)
     if expression is not None:
         passes = np.zeros(table.num_rows, np.bool_)
         passes[_passing(table.select([*filtered, _ROW]), kind, expression)] = True
         rows = rows[passes[rows]]
+    order = coded.codes(kind.order)[rows]
+    if np.any(order[1:] < order[:-1]):
+        rows = rows[np.argsort(order, kind="stable")]
     table = take(table, rows)
     others = [name for name in dict.fromkeys(wanted) if name not in first]
     return _append_columns(table, run, kind, files, np.cumsum(counts), others) if others else table
@@ -180,7 +194,7 @@ def _mentioned(kind: Kind, expression: pc.Expression | None) -> list[str]:
 def _passing(table: pa.Table, kind: Kind, expression: pc.Expression) -> I64:
     """The row numbers that pass, in any order: Arrow filters in parallel."""
     try:
-        passing: I64 = table.filter(expression).column(_ROW).to_numpy()
+        passing: I64 = numbers(table.filter(expression).column(_ROW))
     except (pa.ArrowException, TypeError) as error:
         unknown = re.match(r"No match for FieldRef\.Name\((.*?)\)", str(error))
         reason = f"no column {unknown[1]!r} in {kind.folder}" if unknown else str(error).partition("\n")[0]
@@ -188,47 +202,35 @@ def _passing(table: pa.Table, kind: Kind, expression: pc.Expression) -> I64:
     return passing
 
 
-def _current(table: pa.Table, others: pa.Table | None, kind: Kind) -> I64:
-    """Indices of the rows of `table` that hold, sorted. `others` only replaces rows, and gives none."""
-    keys = table.select(kind.keys)
-    if others is not None:
-        keys = pa.concat_tables([keys, others.select(kind.keys)])
-    version = _codes(keys, kind.version)
-    groups, group = np.unique(_codes(keys, kind.group), return_inverse=True)
-    newest = np.zeros(groups.size, np.int64)
-    np.maximum.at(newest, group, version)
-    rows = np.flatnonzero((version == newest[group])[: table.num_rows])
-    item = _codes(keys, (*kind.group, *kind.item))[rows]
-    by_age = np.lexsort((_codes(keys, ("wall_time",))[rows], item))
-    last = np.append(np.diff(item[by_age]) != 0, True)[: rows.size]
-    rows = np.sort(rows[by_age[last]])
-    return rows[np.argsort(_codes(keys, kind.order)[rows], kind="stable")]
-
-
-def _codes(table: pa.Table, names: Sequence[str]) -> I64:
-    """One integer per row that compares as the tuple of the row's values in `names` does; null comes first."""
-    codes = np.zeros(table.num_rows, np.int64)
-    for name in names:
-        encoded = table.column(name).combine_chunks().dictionary_encode()
-        rank = np.zeros(len(encoded.dictionary) + 1, np.int64)
-        rank[pc.array_sort_indices(encoded.dictionary).to_numpy()] = np.arange(1, rank.size)
-        codes = codes * rank.size + rank[encoded.indices.fill_null(rank.size - 1).to_numpy(zero_copy_only=False)]
-    return codes
+def _current(coded: Keys, count: int, kind: Kind) -> I64:
+    """Ascending indices of the first `count` rows that hold; those behind them only replace rows."""
+    version = coded.codes(kind.version)
+    rows = np.arange(count)
+    if version.size and version.min() < version.max():
+        group = dense(coded.codes(kind.group))
+        newest = np.zeros(group.max() + 1, np.int64)
+        np.maximum.at(newest, group, version)
+        rows = np.flatnonzero((version == newest[group])[:count])
+    item = dense(coded.codes((*kind.group, *kind.item))[rows])
+    if not item.size or np.bincount(item).max() == 1:
+        return rows
+    by_age = np.lexsort((coded.codes(("wall_time",))[rows], item))
+    last = np.append(np.diff(item[by_age]) != 0, True)
+    return np.sort(rows[by_age[last]])
 
 
 def _append_columns(
     table: pa.Table, run: Storage, kind: Kind, files: Sequence[str], ends: I64, names: Sequence[str]
 ) -> pa.Table:
     """`table` with more columns of its rows, whose numbers count through the files; `ends` is where each file's end."""
-    row = table.column(_ROW).to_numpy()
+    row = numbers(table.column(_ROW))
     order = np.argsort(row)
     file = np.searchsorted(ends, row[order], side="right")
     first = np.flatnonzero(np.diff(file, prepend=-1))  # where in `order` the rows of each file begin
-    rows = np.split(row[order] - np.append(0, ends)[file], first[1:])
+    rows = np.split(row[order] - np.append(0, ends)[file], first[1:])[: first.size]
     read = partial(read_rows, run, kind, names)
     pieces = in_parallel(run, read, [files[index] for index in file[first]], rows)
-    empty = pa.schema([kind.schema.field(name) for name in names]).empty_table()
-    more = take(pa.concat_tables([empty, *pieces]), np.argsort(order))
+    more = take(below_each_other(kind, names, pieces), np.argsort(order))
     for name in names:
         table = table.append_column(kind.schema.field(name), more.column(name))
     return table

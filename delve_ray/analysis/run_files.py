@@ -11,16 +11,22 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from delve_ray.analysis.keys import I64, int64_array
 from delve_ray.errors import OptionError, ReadError
-from delve_ray.schema import COVARIANCES_SCHEMA, SCALARS_SCHEMA, SCHEMA_VERSION, SPECTRA_SCHEMA, VERSION_KEY
+from delve_ray.schema import (
+    COVARIANCES_SCHEMA,
+    EMBEDDINGS_SCHEMA,
+    SCALARS_SCHEMA,
+    SCHEMA_VERSION,
+    SPECTRA_SCHEMA,
+    VERSION_KEY,
+)
 from delve_ray.storage import Storage
 
-I64 = npt.NDArray[np.int64]
 RunPath: TypeAlias = str | os.PathLike[str] | Storage
 
 MAX_DEPTH = 8
@@ -59,6 +65,7 @@ _WINDOW = ("run", "phase", "step")
 _REVISION = ("attempt", "revision")
 SPECTRA = Kind("spectra", SPECTRA_SCHEMA, _WINDOW, _REVISION, ("layer",), _WINDOW)
 COVARIANCES = Kind("covariances", COVARIANCES_SCHEMA, _WINDOW, _REVISION, ("layer",), _WINDOW)
+EMBEDDINGS = Kind("embeddings", EMBEDDINGS_SCHEMA, _WINDOW, _REVISION, ("layer", "point"), _WINDOW)
 SCALARS = Kind(
     "scalars", SCALARS_SCHEMA, ("run", "name", "step"), ("attempt",), ("rank",), ("run", "name", "step", "rank")
 )
@@ -111,14 +118,25 @@ def list_files(run: Storage, kind: Kind) -> list[str]:
 def read_files(run: Storage, kind: Kind, files: Sequence[str], columns: Sequence[str]) -> tuple[pa.Table, I64]:
     """The files' rows below each other, and how many each has."""
     tables = in_parallel(run, partial(_read_file, run, kind, columns), files)
-    empty = pa.schema([kind.schema.field(name) for name in columns]).empty_table()
-    return pa.concat_tables([empty, *tables]), np.array([table.num_rows for table in tables], np.int64)
+    return below_each_other(kind, columns, tables), np.array([table.num_rows for table in tables], np.int64)
+
+
+def below_each_other(kind: Kind, columns: Sequence[str], tables: Iterable[pa.Table]) -> pa.Table:
+    """One table of these columns, without rows where there is no table."""
+    empty = pa.Table.from_batches([], pa.schema([kind.schema.field(name) for name in columns]))
+    return pa.concat_tables([empty, *tables])
 
 
 def in_parallel(run: Storage, read: Callable[..., pa.Table], *arguments: Iterable[Any]) -> list[pa.Table]:
     """`map(read, *arguments)`, with as many files of the run open at a time as suits its filesystem."""
-    with ThreadPoolExecutor(LOCAL_THREADS if run.is_local else REMOTE_THREADS) as pool:
-        return list(pool.map(read, *arguments))
+    files = list(zip(*arguments, strict=True))
+    threads = LOCAL_THREADS if run.is_local else REMOTE_THREADS
+    # Handing a file to another thread takes as long as opening a local one.
+    size = max(1, len(files) // (8 * threads)) if run.is_local else 1
+    batches = [files[start : start + size] for start in range(0, len(files), size)]
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(lambda batch: [read(*each) for each in batch], batches)
+        return [table for tables in found for table in tables]
 
 
 def _read_file(run: Storage, kind: Kind, columns: Sequence[str], name: str) -> pa.Table:
@@ -152,7 +170,7 @@ def take(table: pa.Table, rows: I64) -> pa.Table:
 
 def _take_column(column: pa.ChunkedArray, rows: I64) -> pa.ChunkedArray:
     if not pa.types.is_list(column.type) or (pc.sum(pc.list_value_length(column)).as_py() or 0) <= MAX_LIST_VALUES:
-        return column.take(pa.array(rows))
+        return column.take(int64_array(rows))
     # Arrow would join the chunks, which does not fit one chunk: the rows are long, so a chunk each is cheap.
     ends = np.cumsum([len(chunk) for chunk in column.chunks])
     chunk_of = np.searchsorted(ends, rows, side="right")
@@ -181,7 +199,8 @@ def _typed(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
 def _open(run: Storage, kind: Kind, name: str) -> Iterator[tuple[pq.ParquetFile, set[str]]]:
     """A file of the run and its columns, once its version is known to be readable."""
     where = f"{run.uri}/{name}"
-    with _reading(where, "Parquet", "restore it, or remove it to read the rest"), run.open_input(name) as stream:
+    remedy = "restore it, or remove it to read the rest"
+    with _reading(where, "Parquet", remedy, run, name), run.open_input(name) as stream:
         file = pq.ParquetFile(stream, page_checksum_verification=True)
         present = set(file.schema_arrow.names)
         _check_version(where, kind, (file.metadata.metadata or {}).get(VERSION_KEY), present)
@@ -204,8 +223,9 @@ def _check_version(where: str, kind: Kind, version: bytes | None, present: set[s
 
 
 @contextmanager
-def _reading(where: str, what: str, remedy: str) -> Iterator[None]:
-    """Turn what a filesystem or Arrow raises into a ReadError; a file that went stays FileNotFoundError.
+def _reading(where: str, what: str, remedy: str, run: Storage | None = None, name: str = "") -> Iterator[None]:
+    """Turn what a filesystem or Arrow raises into a ReadError; a file that went stays FileNotFoundError, or becomes
+    one: an open file of an object store is none, and its parts are asked for one by one.
 
     UnicodeDecodeError is what pyarrow makes of a column's name in a damaged footer.
     """
@@ -214,4 +234,13 @@ def _reading(where: str, what: str, remedy: str) -> Iterator[None]:
     except (FileNotFoundError, ReadError):
         raise
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        if run is not None and not run.is_local and _gone(run, name):
+            raise FileNotFoundError(f"{where} was removed") from error
         raise ReadError(f"{where} cannot be read as {what} ({error}); {remedy}") from error
+
+
+def _gone(run: Storage, name: str) -> bool:
+    try:
+        return not run.exists(name)
+    except (OSError, pa.ArrowException):
+        return False

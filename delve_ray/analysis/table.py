@@ -5,26 +5,31 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from delve_ray.analysis.windows import check_phase, distinct, network_order, require_columns, select_windows
+from delve_ray.analysis.keys import matching
+from delve_ray.analysis.windows import check_phase, distinct, network_order, require_columns, select_windows, steps_of
 from delve_ray.schema import samples_per_feature
 
 WIDTH = 80
 """Columns of text, unless said otherwise."""
 NOTHING_YET = "No window is published yet."
 
-_COLUMNS = (
+COLUMNS = (
     *("run", "phase", "step", "layer", "layer_type", "features", "samples", "nonfinite_rows"),
     *("workers", "world_size", "final", "threshold", "intrinsic_dimensionality", "saturation"),
 )
+"""The columns of the spectra that `layer_table` needs."""
 _MIN_BAR, _MAX_BAR = 5, 20
 _RATIO = 6
 """Characters of n/d and a space; it is there where the bars keep `_MIN_BAR_BESIDE_RATIO`."""
 _MIN_BAR_BESIDE_RATIO = 8
+_MIN_TREND, _MAX_TREND = 4, 12
+_MIN_BAR_BESIDE_TREND = 4
+_LEVELS = "▁▂▃▄▅▆▇█"
 _MIN_NAME = 8
 _MAX_TYPE = 8
 _ABSENT = "–"
@@ -33,15 +38,18 @@ Row = Mapping[str, Any]
 """One row of the spectra, by column."""
 
 
-def layer_table(spectra: pa.Table, *, step: int | None = None, phase: str | None = None, width: int = WIDTH) -> str:
+def layer_table(
+    spectra: pa.Table, *, step: int | None = None, phase: str | None = None, width: int = WIDTH, trend: bool = False
+) -> str:
     """A run's layers in network order: width, observations, intrinsic dimensionality and saturation of each.
 
     Args:
         spectra: What `read_spectra` returned; several runs give one table each, headed by the run.
         step: Show this step's windows; by default the last of each phase.
         phase: "train" or "eval"; by default both, beside each other.
-        width: Columns of text to fit into. Bars shrink first, then n/d (samples / features) goes, then names of
-            layers are abbreviated.
+        width: Columns of text to fit into. Bars shrink first, then n/d (samples / features) goes, then the trend, then
+            names of layers are abbreviated.
+        trend: Draw the course of each layer's saturation up to that step as well, where there are several steps.
 
     Returns:
         Lines without a trailing newline. The line `mean` is the unweighted mean over layers, as in the metrics.
@@ -51,53 +59,91 @@ def layer_table(spectra: pa.Table, *, step: int | None = None, phase: str | None
     Raises:
         ReadError: a column is missing, or the step or phase has no rows.
     """
-    require_columns(spectra, _COLUMNS)
+    require_columns(spectra, COLUMNS)
     check_phase(phase)
-    spectra = spectra.select(_COLUMNS)
+    spectra = spectra.select(COLUMNS)
     runs = distinct(spectra.column("run"))
     if not runs:
         return NOTHING_YET
-    tables = [_run_table(spectra.filter(pc.field("run") == run), step, phase, width) for run in runs]
+    tables = [_run_table(matching(spectra, run=run), step, phase, width, trend) for run in runs]
     if len(runs) == 1:
         return tables[0]
     return "\n\n".join(f"run {run}\n{table}" for run, table in zip(runs, tables, strict=True))
 
 
-def _run_table(spectra: pa.Table, step: int | None, phase: str | None, width: int) -> str:
+def _run_table(spectra: pa.Table, step: int | None, phase: str | None, width: int, trend: bool) -> str:
     windows: dict[str, dict[str, Row]] = {}
     steps = select_windows(spectra, step, phase)
     for name, shown in steps.items():
-        rows = spectra.filter((pc.field("phase") == name) & (pc.field("step") == shown)).to_pylist()
+        rows = matching(spectra, phase=name, step=shown).to_pylist()
         windows[name] = {row["layer"]: row for row in rows}
     layers = [layer for layer in network_order(spectra) if any(layer in rows for rows in windows.values())]
-    lines, with_ratio = _lay_out(layers, windows, steps, width)
-    return "\n".join(line.rstrip() for line in [*lines, *_notes(windows, with_ratio)])
+    courses = {name: _courses(spectra, name, shown) for name, shown in steps.items()} if trend else {}
+    lines, with_ratio, with_trend = _lay_out(layers, windows, steps, courses, width)
+    notes = _notes(windows, with_ratio)
+    if with_trend:
+        notes.insert(1, "was: saturation over the steps, from 0 to the layer's own highest")
+    return "\n".join(line.rstrip() for line in [*lines, *notes])
+
+
+def _courses(spectra: pa.Table, phase: str, step: int) -> Mapping[str, Sequence[float | None]]:
+    """Each layer's saturation at every step that the phase has up to `step`."""
+    rows = matching(spectra, phase=phase)
+    there = [shown for shown in steps_of(spectra, phase) if shown <= step]
+    place = {shown: at for at, shown in enumerate(there)}
+    courses: dict[str, list[float | None]] = {}
+    columns = (rows.column(name).to_pylist() for name in ("layer", "step", "saturation"))
+    for layer, at, value in zip(*columns, strict=True):
+        if at in place:
+            courses.setdefault(layer, [None] * len(there))[place[at]] = value
+    return courses
 
 
 def _lay_out(
-    layers: Sequence[str], windows: Mapping[str, Mapping[str, Row]], steps: Mapping[str, int], width: int
-) -> tuple[list[str], bool]:
+    layers: Sequence[str],
+    windows: Mapping[str, Mapping[str, Row]],
+    steps: Mapping[str, int],
+    courses: Mapping[str, Mapping[str, Sequence[float | None]]],
+    width: int,
+) -> tuple[list[str], bool, bool]:
     """Heading, one line per layer, and the mean; columns as wide as they must be, the bars take what is left.
 
-    The second value says whether there was room for n/d, too.
+    The other values say whether there was room for n/d, and for the courses, where there are any.
     """
     # Of a phase: a gap of 2, samples 7, dimension 4, the bar, per cent 4, and a space between each.
     room = width - len(" features") - len(windows) * (2 + 7 + 1 + 4 + 1 + 1 + 4)
     rows_of = {layer: next(rows[layer] for rows in windows.values() if layer in rows) for layer in layers}
     left, room = _left_columns(rows_of, room, len(windows) * _MIN_BAR)
-    with_ratio = room // len(windows) >= _RATIO + _MIN_BAR_BESIDE_RATIO
-    bar_width = min(_MAX_BAR, max(_MIN_BAR, room // len(windows) - (_RATIO if with_ratio else 0)))
+    room //= len(windows)
+    trend_width = _trend_width(courses, room)
+    room -= trend_width + 1 if trend_width else 0
+    with_ratio = room >= _RATIO + _MIN_BAR_BESIDE_RATIO
+    shortest = _MIN_BAR_BESIDE_TREND if trend_width else _MIN_BAR
+    bar_width = min(_MAX_BAR, max(shortest, room - (_RATIO if with_ratio else 0)))
 
     counts = f"{'samples':>7} {'n/d':>5} {'dim':>4}" if with_ratio else f"{'samples':>7} {'dim':>4}"
-    heads = [f"{counts} {'saturation':<{bar_width + 5}}"] * len(windows)
+    title = f"{'saturation':<{bar_width + 5}}"
+    if trend_width:  # where the bars are shorter than their heading, the next one gives way
+        title = f"{title} was".ljust(bar_width + 5 + 1 + trend_width)
+    heads = [f"{counts} {title}"] * len(windows)
     titles = [f" {name}, step {steps[name]} ".center(len(heads[0]), "─") for name in windows]
     lines = ["  ".join([" " * len(left[0]), *titles]), "  ".join([left[0], *heads])]
     for layer, described in zip(layers, left[1:], strict=True):
         cells = [_cell(rows.get(layer), bar_width, with_ratio) for rows in windows.values()]
+        if trend_width:
+            lanes = [sparkline(courses[name].get(layer, ()), trend_width) for name in windows]
+            cells = [f"{cell} {lane:<{trend_width}}" for cell, lane in zip(cells, lanes, strict=True)]
         lines.append("  ".join([described, *cells]))
     saturations = [_saturation(mean_saturation(rows.values()), bar_width) for rows in windows.values()]
-    means = [f"{'':{len(counts)}} {saturation}" for saturation in saturations]
-    return [*lines, "  ".join(["mean".ljust(len(left[0])), *means])], with_ratio
+    means = [f"{'':{len(counts)}} {saturation}".ljust(len(heads[0])) for saturation in saturations]
+    return [*lines, "  ".join(["mean".ljust(len(left[0])), *means])], with_ratio, bool(trend_width)
+
+
+def _trend_width(courses: Mapping[str, Mapping[str, Sequence[float | None]]], room: int) -> int:
+    """Columns for the course of a layer; 0 where there is one step alone, or no room beside the shortest bars."""
+    most = max((len(course) for layers in courses.values() for course in layers.values()), default=0)
+    room -= _MIN_BAR_BESIDE_TREND + 1
+    return 0 if most < 2 or room < _MIN_TREND else min(_MAX_TREND, room, max(most, _MIN_TREND))
 
 
 def _left_columns(rows: Mapping[str, Row], room: int, bars: int) -> tuple[list[str], int]:
@@ -172,6 +218,28 @@ def bar(share: float, width: int) -> str:
     if share > 0:
         halves = max(halves, 1)
     return ("━" * (halves // 2) + "╸" * (halves % 2)).ljust(width, "─")
+
+
+def sparkline(values: Sequence[float | None], width: int) -> str:
+    """A course of values, from 0 to the highest, in at most `width` characters; where there is no value is a blank.
+
+    Of more values than characters, each character is the mean of consecutive ones.
+
+    >>> sparkline([0.1, 0.2, None, 0.4, 0.8], 10), sparkline([0.0, 0.0, 1.0, 0.0], 2)
+    ('▂▃ ▅█', '▁█')
+    """
+    count = min(width, len(values))
+    ends = [round(index * len(values) / count) for index in range(count + 1)] if count else []
+    means: list[float | None] = []
+    for start, end in pairwise(ends):
+        finite = [value for value in values[start:end] if value is not None and math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else None)
+    highest = max((value for value in means if value is not None), default=0.0)
+    levels = len(_LEVELS) - 1
+    return "".join(
+        " " if value is None else _LEVELS[round(max(value, 0.0) / highest * levels) if highest > 0 else 0]
+        for value in means
+    )
 
 
 def mean_saturation(rows: Iterable[Row]) -> float | None:
