@@ -127,9 +127,10 @@ def _of_run(path: str | Storage | None, by: str) -> tuple[int | None, list[dict[
     except ReadError:
         return None, []
     try:
-        parameters = read_run(run).get("model", {}).get("num_parameters")
+        model = read_run(run).get("model")
     except ReadError:
-        parameters = None
+        model = None
+    parameters = model.get("num_parameters") if isinstance(model, dict) else None
     try:
         return parameters, _wasted(run, "train" if "/train/" in by else "eval")
     except ReadError:  # nothing of this phase
