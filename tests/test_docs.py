@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = {"lightning": "lightning", "transformers": "accelerate"}
-ON_RAY = ("ray-train", "sweeps")
+ON_RAY = ("ray-train", "reading", "sweeps")
 RAY = """\
 import ray
 ray.init(address="local", num_cpus=4, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
