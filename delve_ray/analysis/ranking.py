@@ -144,6 +144,7 @@ def _wasted(run: Storage, phase: str) -> list[dict[str, Any]]:
     spectra = read_spectra(run, ["step", *names], final)
     last = spectra.filter(pc.field("step") == pc.max(spectra.column("step")))
     layers: list[dict[str, Any]] = last.select(names).to_pylist()
+    layers = [layer for layer in layers if layer["intrinsic_dimensionality"] < layer["features"]]
     layers.sort(key=lambda layer: layer["intrinsic_dimensionality"] - layer["features"])
     return layers[:MOST_WASTEFUL]
 

@@ -75,6 +75,8 @@ def test_what_the_files_say(tmp_path):
     assert [layer["layer"] for layer in first["wasted"]] == ["b", "d", "a"]
     assert first["wasted"][0] == {"layer": "b", "features": 64, "intrinsic_dimensionality": 4, "saturation": 4 / 64}
     assert last["wasted"] == []
+    full = rank_trials([trial("full", 0.9, 1.0, path=run_of(tmp_path / "full", [("a", 10, 10)], 1))])
+    assert full.to_pylist()[0]["wasted"] == []
     assert first["path"] == str(tmp_path / "small")
     assert small.endswith("saturation")
     by_train = rank_trials(
