@@ -144,9 +144,8 @@ def _reopen(
     if known is None:
         return None
     quiet = {"publish_every": 0.0, "silent_after": 0.0, "late_after": 0.0, "resume": True}
-    place = storage.local_path if storage.is_local else storage.uri
     files = tuple(name for name in known.save_to if name in FILES) or ("parquet",)
-    config = replace(known, savefile=place, save_to=files, **quiet)  # type: ignore[arg-type]
+    config = replace(known, savefile=storage.savefile, save_to=files, **quiet)  # type: ignore[arg-type]
     store = CovarianceStore(config, saver=saver)
     if state is not None:
         store.go_on(replace(state, config=config, ending=None))

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import TypeAlias
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -19,10 +20,25 @@ Data: TypeAlias = "bytes | pa.Buffer | Iterable[bytes | pa.Buffer]"
 
 _URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_PASSWORD = re.compile(r"(://[^/@:]*):[^/@]*@")
+_PASSWORD = re.compile(r"(://[^/@:]*):(?:[^/@]*|(?![0-9]+/)[^@?]*)@")
+"""Also one with a slash in it, which no URI may have, but not what follows a port."""
 _SCHEMES = {"s3": ("s3",), "gcs": ("gs",), "hdfs": ("hdfs",), "abfs": ("abfs", "abfss")}
 """Of the filesystems that pyarrow opens by URI, by pyarrow's own name."""
+_FLAT = ("s3", "gcs")
+"""Filesystems without directories: a file needs none, and a request for each part of its path would be for nothing."""
 _HIDDEN = (".", "_")
+
+S3_ATTEMPTS = 4
+"""How often a request to S3 is made that fails by the network or because the server is busy, with growing pauses: some
+five seconds in all. Writers try again after that for as long as it takes; readers do not."""
+S3_CONNECT_S, S3_SILENT_S = 5.0, 5.0
+"""How long a connection to S3 may take, and how long it may move no byte, before that attempt counts as failed."""
+GCS_RETRY_S = 30
+"""How long the client of Google Cloud Storage repeats a request that fails; by itself it does so for 15 minutes."""
+_S3_TEXTS = frozenset({"region", "scheme", "endpoint_override", "tls_ca_file_path"})
+_S3_FLAGS = frozenset({"allow_bucket_creation", "allow_bucket_deletion", "check_directory_existence_before_creation"})
+_READS = 5
+"""How often a file is read anew that was replaced while it was read."""
 
 
 def check_savefile(savefile: object) -> str:
@@ -97,6 +113,7 @@ class Storage:
     def __init__(self, savefile: str | os.PathLike[str], filesystem: pafs.FileSystem | None = None) -> None:
         text = check_savefile(savefile)
         self._uri = masked(text)
+        self._text = text if filesystem is None else None
         if filesystem is not None:
             self._filesystem, self._root = filesystem, text.rstrip("/") or text
         elif _URI.match(text):
@@ -104,14 +121,16 @@ class Storage:
         else:
             self._filesystem, self._root = pafs.LocalFileSystem(), text
         if self.is_local:
-            self._root = self._uri = os.path.abspath(self._root)
+            self._root = self._uri = self._text = os.path.abspath(self._root)
         self._made: set[str] = set()
 
     def _open_uri(self, text: str) -> tuple[pafs.FileSystem, str]:
         try:
-            filesystem, root = pafs.FileSystem.from_uri(text)
+            filesystem, root = pafs.FileSystem.from_uri(_bounded(text))
+            if isinstance(filesystem, getattr(pafs, "S3FileSystem", ())):  # not in every build of pyarrow
+                filesystem = _persistent_s3(text, filesystem)
         except (OSError, ValueError, pa.ArrowException) as error:
-            reason = str(error).replace(text, self._uri)
+            reason = str(error).replace(_bounded(text), self._uri)
             raise OptionError(
                 f"savefile={self._uri!r}: pyarrow cannot open this filesystem ({reason}); "
                 "use a local path, or a URI with a scheme that pyarrow.fs knows"
@@ -140,6 +159,18 @@ class Storage:
         """The path or URI for messages, with any password masked."""
         return self._uri
 
+    @property
+    def savefile(self) -> str:
+        """What opens this storage in any process: a path, or a URI with its password, so not for files or messages.
+
+        Raises OptionError on a filesystem of the caller's own that no URI describes.
+        """
+        text = self._text or uri_of(self._filesystem, self._root)
+        if text is None:
+            kind = self._filesystem.type_name
+            raise OptionError(f"{self._uri}: no URI describes this {kind!r} filesystem; give a path or a URI")
+        return text
+
     def __repr__(self) -> str:
         return f"Storage({self._uri!r})"
 
@@ -159,8 +190,8 @@ class Storage:
         """The storage of a directory below this one."""
         below = Storage(self.path(relative), filesystem=self._filesystem)
         if not self.is_local:
-            base, mark, query = self._uri.partition("?")
-            below._uri = f"{base.rstrip('/')}/{relative}{mark}{query}"
+            below._uri = _below(self._uri, relative)
+            below._text = _below(self._text, relative) if self._text else None
         return below
 
     def prepare(self) -> None:
@@ -185,20 +216,22 @@ class Storage:
         Locally: a hidden temporary name in the same directory, fsync, rename, fsync of the directory; once
         this returns the file survives a power cut. Elsewhere: one object, put by one stream, which object
         stores (S3, GCS, Azure) show only when it is complete; a filesystem that shows files while they
-        grow (HDFS, NFS behind fsspec) may show a part for an instant.
+        grow (HDFS, NFS behind fsspec) may show a part for an instant. There the pieces are taken before anything
+        is sent, for a stream cannot be given up: closed, it would leave a part as if it were the file.
         """
         path = self.path(relative)
         if self.is_local:
             _write_local(path, data)
             return
+        pieces = list(_pieces(data))
         parent = path.rpartition("/")[0]
-        if parent and parent not in self._made:  # asked for once: on an object store each time is a request
+        if parent and parent not in self._made and self._filesystem.type_name not in _FLAT:
             self._filesystem.create_dir(parent, recursive=True)
             self._made.add(parent)
         # compression=None: pyarrow would otherwise compress by the name's extension.
         try:
             with self._filesystem.open_output_stream(path, compression=None) as stream:
-                for piece in _pieces(data):
+                for piece in pieces:
                     stream.write(piece)
         except Exception:
             self._made.discard(parent)  # somebody may have removed it: the next try makes it anew
@@ -226,9 +259,23 @@ class Storage:
         return bytes(self.read_buffer(relative).to_pybytes())
 
     def read_buffer(self, relative: str) -> pa.Buffer:
-        """The content of a file as an Arrow buffer; FileNotFoundError when it is not there."""
-        with self.open_input(relative) as stream:
-            return stream.read_buffer()
+        """The content of a file as an Arrow buffer; FileNotFoundError when it is not there.
+
+        Where a file is replaced while it is read, the content is that of before or after.
+        """
+        for _ in range(_READS):
+            with self.open_input(relative) as stream:
+                found = stream.size()
+                try:
+                    buffer = stream.read_buffer()
+                except OSError:
+                    if not self.is_local and not self.exists(relative):  # it went in between
+                        raise FileNotFoundError(f"{self._uri}/{relative} was removed") from None
+                    raise
+            # An object is asked for its size first, and then for so many bytes of what is there by then.
+            if self.is_local or found == buffer.size == self._filesystem.get_file_info(self.path(relative)).size:
+                return buffer
+        raise OSError(f"{self._uri}/{relative} was replaced each of {_READS} times that it was read")
 
     def move(self, relative: str, to: str) -> None:
         """Rename a file within the directory; FileNotFoundError when it is not there."""
@@ -272,6 +319,43 @@ class Storage:
         """Delete a file; that it is gone already is fine."""
         with suppress(FileNotFoundError):
             self._filesystem.delete_file(self.path(relative))
+
+
+def _below(uri: str, relative: str) -> str:
+    base, mark, query = uri.partition("?")
+    return f"{base.rstrip('/')}/{relative}{mark}{query}"
+
+
+def _bounded(uri: str) -> str:
+    """A URI whose filesystem does not repeat a request for minutes; a user's own bound stays."""
+    if urlsplit(uri).scheme not in ("gs", "gcs") or "retry_limit_seconds=" in uri:
+        return uri
+    return f"{uri}{'&' if '?' in uri else '?'}retry_limit_seconds={GCS_RETRY_S}"
+
+
+def _persistent_s3(uri: str, found: pafs.S3FileSystem) -> pafs.S3FileSystem:
+    """The filesystem of an S3 URI, which retries and waits as said above, and puts a small file by one request.
+
+    No URI can say that. What pyarrow makes of one waits for a silent server for a minute and a half, and asks a busy
+    one five times a second. With options that only a URI has (tls_verify_certificates, smart_defaults) it is left so.
+    """
+    parts = urlsplit(uri)
+    given = dict(parse_qsl(parts.query))
+    given.pop("allow_delayed_open", None)
+    if not given.keys() <= _S3_TEXTS | _S3_FLAGS:
+        return found
+    options = {name: given[name] for name in _S3_TEXTS & given.keys()}
+    flags = {name: given[name].lower() in ("true", "1") for name in _S3_FLAGS & given.keys()}
+    keys = [None if part is None else unquote(part) for part in (parts.username, parts.password)]
+    return pafs.S3FileSystem(
+        **{"region": found.region} | options | flags,
+        access_key=keys[0],
+        secret_key=keys[1],
+        allow_delayed_open=True,
+        connect_timeout=S3_CONNECT_S,
+        request_timeout=S3_SILENT_S,
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+    )
 
 
 def _pieces(data: Data) -> Iterable[bytes | pa.Buffer]:

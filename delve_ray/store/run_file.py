@@ -9,6 +9,7 @@ import os
 import platform
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -27,6 +28,8 @@ from delve_ray.store.protocol import LayerInfo, StoreConfig
 log = logging.getLogger(__name__)
 
 NAME = "run.json"
+END_RETRY_S = (0.2, 1.0, 5.0)
+"""Pauses before the end of a run is written again, where it is all that could not be written."""
 
 
 def read_run(storage: Storage) -> dict[str, Any]:
@@ -110,6 +113,10 @@ class RunFile:
             self._content["end"] = {"time": datetime.now(UTC).isoformat(), "why": why, "problems": list(problems)}
             self._dirty = True
         self.write_if_changed()
+        for pause in () if problems else END_RETRY_S:
+            if self._dirty:
+                time.sleep(pause)
+                self.write_if_changed()
 
     def write_if_changed(self) -> None:
         """Write what has changed; what cannot be written now is said once and tried again with the next call."""
