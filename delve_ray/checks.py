@@ -44,6 +44,15 @@ def check_name(option: str, value: object) -> str:
     return value
 
 
+AUTO_SHARDS = 0
+"""`num_shards` of a store that chooses it when it is started."""
+
+
+def check_shards(value: object) -> int:
+    """How many shards a store has; "auto" is `AUTO_SHARDS`."""
+    return AUTO_SHARDS if value == "auto" else check_integer("num_shards", value, at_least=1)
+
+
 def check_number(option: str, value: object, name: str) -> float:
     """What float() takes and float64 holds, other than text; `name` is what the value is called."""
     try:

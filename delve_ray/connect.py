@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed
 
-from delve_ray.checks import check_integer, check_name
+from delve_ray.checks import check_integer, check_name, check_shards
 from delve_ray.errors import OptionError, ReadError, RunEnded, StoreError
 from delve_ray.integrations.ray_train import TrainWorker, current_worker, resolve_savefile
 from delve_ray.integrations.trial import Trial, current_trial
@@ -219,15 +219,15 @@ def join(identity: Identity, config: StoreConfig) -> tuple[Store, bool]:
                 f"world_size=1"
             )
         # It ends with this process.
-        return CovarianceStore(replace(config, silent_after=0.0, snapshot_every=0.0)), True
+        return CovarianceStore(replace(config, silent_after=0.0, snapshot_every=0.0, num_shards=1)), True
     from delve_ray.store import actor
 
     try:
-        return actor.RemoteStore(actor.find(identity.run, 0.0 if identity.rank == 0 else actor.FIND_TIMEOUT_S)), False
+        return actor.connect(actor.find(identity.run, 0.0 if identity.rank == 0 else actor.FIND_TIMEOUT_S)), False
     except StoreError:
         if identity.rank > 0:
             raise
-    return actor.RemoteStore(actor.start(config)), True
+    return actor.connect(actor.start(config)), True
 
 
 def given_store(store: Any) -> Store:
@@ -238,7 +238,7 @@ def given_store(store: Any) -> Store:
         raise OptionError(f"store={store!r} is neither a CovarianceStore nor the handle that start_store() returns")
     from delve_ray.store import actor
 
-    return actor.RemoteStore(store)
+    return actor.connect(store)
 
 
 def publication(
@@ -289,6 +289,7 @@ def choose(
     *,
     nosave: bool,
     verbose: bool = False,
+    num_shards: int | str | None = None,
 ) -> StoreConfig:
     """How the run is published, with the user's choices; what is left out is as in a given store, else the default.
 
@@ -305,6 +306,8 @@ def choose(
         config = replace(config, writer_args=check_writer_args(writer_args, config.save_to))
     if stats is not None or settings is None:
         config = replace(config, stats=resolve_stats(stats))
+    if num_shards is not None:
+        config = replace(config, num_shards=check_shards(num_shards))
     if embed_rows is not None:
         config = replace(config, embed_rows=embed_rows)
     if sat_threshold is not None:

@@ -12,9 +12,11 @@ from delve_ray.errors import DelveRayError, ReadError, UnknownSource
 from delve_ray.parcels import Parcel, decode_parcel
 from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
+from delve_ray.store.parts import FOLDER as SHARDS
 from delve_ray.store.protocol import Held, StoreConfig
 from delve_ray.store.run_file import NAME, read_run
 from delve_ray.store.saving import FOLDER, Saver
+from delve_ray.store.sharded import LocalShards
 from delve_ray.store.state import State
 from delve_ray.writers import FILES
 
@@ -67,7 +69,7 @@ def recover(
     parcels = sorted(((name, _read(name)) for name in files), key=lambda item: _order(item[1]))
     savers = [Saver(place, 10.0) for place in (*_rescued(paths), storage)]
     state = next((state for state in [saver.load() for saver in savers] if state is not None), None)
-    if not parcels and (state is None or not state.unfinished):
+    if not parcels and (state is None or not _is_unfinished(state, storage)):
         return []
     store = _reopen(storage, parcels, state, savers[-1])
     if store is None:
@@ -135,9 +137,17 @@ def _check_ended(storage: Storage) -> None:
         )
 
 
+def _is_unfinished(state: State, storage: Storage) -> bool:
+    """Whether the files lack something that a snapshot has, be it that of a shard."""
+    if state.unfinished or state.config.num_shards == 1:
+        return state.unfinished
+    shards = [Saver(storage.child(f"{SHARDS}/{shard}"), 10.0).load() for shard in range(state.config.num_shards)]
+    return any(shard is not None and shard.unfinished for shard in shards)
+
+
 def _reopen(
     storage: Storage, parcels: Sequence[tuple[str, Parcel]], state: State | None, saver: Saver
-) -> CovarianceStore | None:
+) -> CovarianceStore | LocalShards | None:
     """A store in this process that goes on with the run; None where there is nothing to go on with."""
     known: StoreConfig | None = state.config if state is not None else None
     known = known or (parcels[0][1].config if parcels else None)
@@ -146,13 +156,17 @@ def _reopen(
     quiet = {"publish_every": 0.0, "silent_after": 0.0, "late_after": 0.0, "resume": True}
     files = tuple(name for name in known.save_to if name in FILES) or ("parquet",)
     config = replace(known, savefile=storage.savefile, save_to=files, **quiet)  # type: ignore[arg-type]
-    store = CovarianceStore(config, saver=saver)
+    store: CovarianceStore | LocalShards
+    if config.num_shards > 1:
+        store = LocalShards(config, lambda each: saver if each is config else Saver(Storage(each.savefile), 10.0))
+    else:
+        store = CovarianceStore(config, saver=saver)
     if state is not None:
         store.go_on(replace(state, config=config, ending=None))
     return store
 
 
-def _take(store: CovarianceStore, name: str, parcel: Parcel) -> Recovered:
+def _take(store: CovarianceStore | LocalShards, name: str, parcel: Parcel) -> Recovered:
     """Offer one delta, registering its source if the run has lost it."""
     delta = parcel.delta
     samples = sum(n for _, _, n, _ in delta.entries)

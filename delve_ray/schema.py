@@ -131,6 +131,8 @@ class PublishedWindow:
     rows: Sequence[LayerRow] = field(default=())
     trial: str | None = None
     trial_config: str | None = None
+    complete: bool = False
+    """Whether every rank has closed it, so that no correction is to be expected."""
 
 
 def _versioned(fields: Sequence[pa.Field]) -> pa.Schema:

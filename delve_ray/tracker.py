@@ -119,6 +119,8 @@ class SaturationTracker:
         max_overhead: Share of the training's time that the hooks may take, such as 0.02. Of each layer, forwards are
             chosen at random, and count as many times as there were for one that was chosen: nothing is biased, and
             `samples` says how many observations stand behind a row. Every window has some forward of each layer.
+        num_shards: Of a store that this tracker starts in a Ray cluster: actors that share the layers' moments, spread
+            over the nodes, behind the one that has the files; "auto" is one for each node, at most 8. By default 1.
         trial: What `delve_ray.integrations.tune.current_trial()` says in a trial that starts a trainer, for the
             trainer's workers: they record into the trial's directory, in one run. A trial itself is found.
         writer_args: Options of the writers, by their names: {"wandb": {"project": "cnn"}}.
@@ -187,6 +189,7 @@ class SaturationTracker:
         name: str | None = None,
         trial: Trial | None = None,
         embed_rows: int | None = None,
+        num_shards: int | str | None = None,
     ) -> None:
         check_unbuilt(locals())
         options = recorder_options(locals())
@@ -218,6 +221,7 @@ class SaturationTracker:
             embed_rows,
             nosave=unsaved,
             verbose=shown,
+            num_shards=num_shards,
         )
         self._source = identity.source()
         options = replace(options, seed=options.seed + self._source.rank, embed_rows=config.rows_to_embed)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from delve_ray.checks import check_flag, check_integer, check_seconds
+from delve_ray.checks import check_flag, check_integer, check_seconds, check_shards
 from delve_ray.errors import OptionError
 from delve_ray.precision import PRODUCT_EPS
 from delve_ray.stat_options import check_thresholds, resolve_stats
@@ -23,7 +23,7 @@ def start_store(
     world_size: int,
     save_to: SaveTo = ("parquet", "tensorboard"),
     writer_args: Mapping[str, Any] | None = None,
-    num_shards: int = 1,
+    num_shards: int | str = 1,
     stats: Sequence[str] | str | None = None,
     sat_threshold: float | Sequence[float] = 0.99,
     embed_rows: int = EMBED_ROWS,
@@ -45,10 +45,11 @@ def start_store(
     rank that was not heard of for `silent_after` seconds is not waited for any more; if that holds for all, the run
     is published and ended. 0 is never. Every `snapshot_every` seconds the store saves what workers need not keep.
 
-    Raises OptionError for an option that cannot be used, NotImplementedError for `num_shards` other than 1.
+    With `num_shards` above 1 so many more actors share the layers' moments, spread over the nodes; "auto" is one for
+    each node, at most 8. The files and the answers are the same.
+
+    Raises OptionError for an option that cannot be used.
     """
-    if check_integer("num_shards", num_shards, at_least=1) != 1:
-        raise NotImplementedError(f"num_shards={num_shards!r} is not built yet; use 1")
     if precision not in PRODUCT_EPS:
         raise OptionError(f"precision={precision!r} is none of {', '.join(map(repr, PRODUCT_EPS))}")
     thresholds = check_thresholds(sat_threshold)
@@ -63,6 +64,7 @@ def start_store(
         stats=resolve_stats(stats),
         threshold=thresholds[0],
         thresholds=thresholds if len(thresholds) > 1 else (),
+        num_shards=check_shards(num_shards),
         embed_rows=embed_rows,
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=PRODUCT_EPS[precision],
@@ -77,7 +79,8 @@ def start_store(
     handle = actor.start(config)
     settings = actor.RemoteStore(handle).settings()
     # The first worker says how it records and what.
-    if replace(settings, recording={}, model={}, resume=config.resume) != config:
+    shards = config.num_shards or settings.num_shards
+    if replace(settings, recording={}, model={}, resume=config.resume) != replace(config, num_shards=shards):
         raise OptionError(f"run={run!r} has a store already, started with {settings}; choose another run name")
     return handle
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from delve_ray.checks import check_integer, check_name, check_seconds
+from delve_ray.checks import AUTO_SHARDS, check_integer, check_name, check_seconds
 from delve_ray.errors import OptionError
 from delve_ray.moments import F64, triangle_size
 from delve_ray.stat_options import EMBED_STAT, check_threshold, check_thresholds, resolve_stats
@@ -41,6 +41,8 @@ class StoreConfig:
         save_to: names of the writers.
         writer_args: their options, by name, and `writers`, those that were given as objects; no file has them.
         stats: canonical long names, "cov" for covariances, "embed" for embeddings.
+        num_shards: stores that share the layers, behind one that has the files; 1 is one store alone, 0 as many as
+            suit the cluster.
         embed_rows: rows of each layer and phase that a window's embedding has at most.
         threshold: δ of the intrinsic dimensionality.
         thresholds: all δ where there are several, `threshold` first; empty where there is only that one.
@@ -79,6 +81,7 @@ class StoreConfig:
     resume: bool = False
     trial: str | None = None
     trial_config: str | None = None
+    num_shards: int = 1
     embed_rows: int = EMBED_ROWS
     gone_after: float = 0.0
     lingers: float = 0.0
@@ -94,6 +97,7 @@ class StoreConfig:
         check_threshold(self.threshold)
         if self.thresholds and check_thresholds(self.thresholds)[0] != self.threshold:
             raise OptionError(f"threshold={self.threshold} is not the first of thresholds={self.thresholds}")
+        check_integer("num_shards", self.num_shards, at_least=AUTO_SHARDS)
         check_integer("embed_rows", self.embed_rows, at_least=1)
         check_seconds("publish_every", self.publish_every)
         check_seconds("silent_after", self.silent_after)

@@ -21,7 +21,7 @@ from delve_ray.moments import F64
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.crew import Crew
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import entry_row
+from delve_ray.store.publishing import entry_row, joined
 from delve_ray.store.timings import Timings
 from delve_ray.store.window import Entry, Job, Window
 from delve_ray.store.writing import WriterThread
@@ -210,7 +210,10 @@ class Publisher:
     def _publish(self, job: Job) -> None:
         self._owner.unpark(job.window)
         with self._timings.of("publish"):
-            rows = self._rows(job.step, job.window.entries.copy())
+            if job.parts is None:
+                rows = self._rows(job.step, job.window.entries.copy())
+            else:
+                rows = joined(job.parts.values(), self.layers)
         window = PublishedWindow(
             run=self.config.run,
             attempt=job.attempt,
@@ -224,6 +227,7 @@ class Publisher:
             rows=rows,
             trial=self.config.trial,
             trial_config=self.config.trial_config,
+            complete=job.complete,
         )
         if job.final:
             self._announce(rows)

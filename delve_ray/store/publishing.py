@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from delve_ray import reservoir, spectrum
 from delve_ray.moments import packed_diagonal, unpack_triangle
 from delve_ray.reservoir import Reservoir
-from delve_ray.schema import LayerRow
+from delve_ray.schema import PHASES, LayerRow, PublishedWindow
 from delve_ray.stat_options import COVARIANCE_STAT
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.window import Collected, Cut
@@ -69,3 +70,10 @@ def entry_row(cut: Cut, found: Collected, layer: LayerInfo, phase: str, config: 
     row = layer_row(layer, phase, found, config, cut.reservoir if config.rows_to_embed else None)
     entry.row = found.packed, replace(row, covariance=None)
     return row
+
+
+def joined(parts: Iterable[PublishedWindow], layers: Sequence[LayerInfo]) -> list[LayerRow]:
+    """The rows of the parts that shards have published of one window, in the order of the layers."""
+    order = {info.name: index for index, info in enumerate(layers)}
+    rows = [row for part in parts for row in part.rows]
+    return sorted(rows, key=lambda row: (order[row.layer], PHASES.index(row.phase)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from delve_ray.moments import F64, PackedTotal, triangle_size
 from delve_ray.reservoir import Reservoir, merge
-from delve_ray.schema import LayerRow
+from delve_ray.schema import LayerRow, PublishedWindow
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +163,9 @@ class Job:
     workers: int
     world_size: int
     window: Window
+    complete: bool = False
+    parts: Mapping[int, PublishedWindow] | None = None
+    """What shards have published of it, in place of the window's own entries."""
 
 
 @dataclass(slots=True)
@@ -207,8 +211,9 @@ class Window:
 
     def job(self, attempt: int, world_size: int, left: set[int], *, final: bool) -> Job:
         """The next publication of this window; the ranks in `left` have closed every window."""
-        workers = len((self.closed | left) - self.broken)
-        job = Job(attempt, self.ordinal, self.step, self.revision, final, workers, world_size, self)
+        closed = self.closed | left
+        workers, complete = len(closed - self.broken), len(closed) >= world_size
+        job = Job(attempt, self.ordinal, self.step, self.revision, final, workers, world_size, self, complete)
         self.revision += 1
         self.changed = False
         if final:

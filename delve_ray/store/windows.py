@@ -166,10 +166,10 @@ class WindowStore:
         now = time.monotonic()
         silent_before = now - self.config.silent_after if self.config.silent_after else float("-inf")
         for ordinal, window in sorted(attempt.windows.items()):
-            complete = not attempt.awaited(window, silent_before)
+            complete = self._is_complete(window, attempt, silent_before)
             if not window.published:
                 overdue = window.first_closed is not None and 0 < self.config.late_after < now - window.first_closed
-                if not complete and not overdue:
+                if not (complete or overdue) or not self._has_news(window, attempt):
                     break
                 if missing := attempt.missing(ordinal):
                     log.warning(
@@ -180,10 +180,10 @@ class WindowStore:
                         list(missing),
                     )
                 self._submit(attempt, [window])
-            elif complete and window.changed:
+            elif complete and self._has_news(window, attempt):
                 log.info("run %s: step %d is corrected by what came late", self.config.run, window.step)
                 self._submit(attempt, [window])
-            if complete and window.published and not window.changed and not window.unwritten:
+            if complete and self._is_settled(window, attempt):
                 del attempt.windows[ordinal]
                 self._touch()
         # What a writer is behind with stays in memory up to a bound, the newest windows first.
@@ -193,6 +193,18 @@ class WindowStore:
                 room -= sum(entry.nbytes for entry in window.entries.values())
                 if room < 0:
                     del attempt.windows[ordinal]
+
+    def _is_complete(self, window: Window, attempt: Attempt, silent_before: float) -> bool:
+        """Whether nobody is waited for any more."""
+        return not attempt.awaited(window, silent_before)
+
+    def _has_news(self, window: Window, attempt: Attempt) -> bool:
+        """Whether a complete window may be published: for the first time, or corrected."""
+        return window.changed or not window.published
+
+    def _is_settled(self, window: Window, attempt: Attempt) -> bool:
+        """Whether a complete window is published and written as it is."""
+        return window.published and not window.changed and not window.unwritten
 
     def _submit(self, attempt: Attempt, windows: Sequence[Window]) -> None:
         jobs = [window.job(attempt.number, attempt.world_size, attempt.left, final=True) for window in windows]

@@ -160,6 +160,11 @@ class ParquetWriter:
         self._storage.write_atomic(name, sink.getvalue())
 
 
+def spectra_file(attempt: int, window: int, revision: int) -> str:
+    """Where the spectra of a window's revision lie, below the savefile."""
+    return f"spectra/{_file_name(attempt, window, revision)}"
+
+
 def revisions(storage: Storage) -> dict[tuple[int, int], int]:
     """The highest revision on disk of every window, by (attempt, window), as the files' names tell it.
 

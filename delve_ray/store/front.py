@@ -1,0 +1,245 @@
+"""The front of a store with shards: all that a store is but the moments."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from delve_ray.errors import StoreError
+from delve_ray.schema import PublishedWindow
+from delve_ray.storage import Storage
+from delve_ray.store.attempt import Attempt
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.parts import PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
+from delve_ray.store.protocol import LayerInfo, StoreConfig
+from delve_ray.store.state import State
+from delve_ray.store.window import Job, Window
+from delve_ray.writers.parquet import spectra_file
+
+log = logging.getLogger(__name__)
+
+
+class FrontStore(CovarianceStore):
+    """Knows a run's workers and has its files; the moments are in `config.num_shards` shards, each a store of its own.
+
+    Workers tell it when they close a window, without moments, after every shard has what belongs to it. The shards
+    publish independently; `accept` takes their parts, and a window is written once it is complete and all its parts
+    are there. The run ends when all shards have. Nothing of a part is in a snapshot: a shard offers it again until it
+    is written.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._parts: dict[tuple[int, int], Parts] = {}  # by attempt and ordinal
+        self._restored: dict[int, int] = {}  # windows before this one were published by a front before this one
+        self._done: set[int] = set()  # shards that have published everything
+        self._ending_since = 0.0
+        self._ended = False
+        super().__init__(*args, **options)
+
+    def _open(self, config: StoreConfig, layers: Sequence[LayerInfo], state: State | None = None) -> None:
+        super()._open(config, layers, state)
+        if (idle := config.num_shards - len(layers)) > 0:
+            log.warning(
+                "run %s: num_shards=%d for %d layers: %d shards have nothing to do",
+                *(config.run, config.num_shards, len(layers), idle),
+            )
+
+    # --- called by the shards ----------------------------------------------------------------------------------
+
+    def accept(self, shard: int, part: PublishedWindow) -> None:
+        """Take a shard's part of a window. Raises StoreError for one of an attempt that is not known yet."""
+        with self._lock:
+            attempt = self._attempt(part.attempt)
+            if attempt is None:
+                return
+            window = attempt.windows.get(part.window)
+            if window is None:
+                if self._is_written(attempt, part.window, part.workers):
+                    return
+                window = attempt.windows[part.window] = self._reopened(attempt, part)
+            parts = self._parts.setdefault((part.attempt, part.window), Parts())
+            if window.published and not parts.newest and self._is_on_disk(attempt, part.window, part.workers):
+                parts.written[shard] = part.revision  # by a front before this one; the shard has not heard of it
+            parts.add(shard, part)
+            self._advance(attempt)
+
+    def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
+        """See `parts.Front.part_state`."""
+        with self._lock:
+            known = self._attempt(attempt)
+            if known is None:
+                return WRITTEN
+            parts = self._parts.get((attempt, window))
+            if parts is None:
+                return WRITTEN if window not in known.windows and self._is_written(known, window, 0) else UNKNOWN
+            if parts.written.get(shard, -1) >= revision:
+                return WRITTEN
+            newest = parts.newest.get(shard)
+            return UNKNOWN if newest is None or newest.revision < revision else PENDING
+
+    def shard_done(self, shard: int) -> None:
+        """A shard has published everything, or is gone after the run has ended."""
+        with self._lock:
+            self._done.add(shard)
+            self._end_if_done()
+
+    @property
+    def undone(self) -> list[int]:
+        """Once the run ends, the shards that have not said that they have published everything."""
+        with self._lock:
+            return [] if self.ending is None else sorted(set(range(self.config.num_shards)) - self._done)
+
+    def _attempt(self, number: int) -> Attempt | None:
+        """An attempt that still takes parts; None for one that is settled. Raises StoreError for a later one."""
+        for attempt in self.attempts:
+            if attempt.number == number:
+                return attempt
+        if self.attempts and number < self.attempts[0].number:
+            return None
+        raise StoreError(f"run {self.config.run!r}: attempt {number} is not known yet; its workers have to register")
+
+    def _is_written(self, attempt: Attempt, ordinal: int, workers: int) -> bool:
+        """Whether a window that is not kept any more has been written, with at least so many workers' shares."""
+        if ordinal >= attempt.published:
+            return False
+        if ordinal >= self._restored.get(attempt.number, 0):
+            return True  # by this front, which lets go of nothing else
+        return self._is_on_disk(attempt, ordinal, workers)
+
+    def _is_on_disk(self, attempt: Attempt, ordinal: int, workers: int) -> bool:
+        """Whether the files of a front before this one have a window as final, with so many workers' shares."""
+        revision = self._on_disk.get((attempt.number, ordinal))
+        if revision is None:
+            return False
+        try:
+            name = spectra_file(attempt.number, ordinal, revision)
+            with Storage(self.config.savefile).open_input(name) as stream:
+                row = pq.ParquetFile(stream).read(["final", "workers"]).slice(0, 1).to_pylist()[0]
+        except (OSError, pa.ArrowException, IndexError):
+            return False
+        return bool(row["final"]) and row["workers"] >= workers
+
+    def _reopened(self, attempt: Attempt, part: PublishedWindow) -> Window:
+        """A window of which nobody has said anything yet, or that this front does not remember."""
+        window = Window(part.window, part.step)
+        window.closed = {rank for rank, member in attempt.members.items() if member.next_window > part.window}
+        window.revision = self.next_revision(attempt.number, part.window)
+        return window
+
+    # --- windows -------------------------------------------------------------------------------------------------
+
+    def _advance(self, attempt: Attempt) -> None:
+        super()._advance(attempt)
+        for number, ordinal in list(self._parts):
+            if number == attempt.number and ordinal not in attempt.windows:
+                del self._parts[number, ordinal]
+
+    def _is_complete(self, window: Window, attempt: Attempt, silent_before: float) -> bool:
+        # What the shards publish when a run or an attempt ends is all that there will be.
+        over = self.ending is not None or attempt is not self.attempts[-1]
+        return over or super()._is_complete(window, attempt, silent_before)
+
+    def _has_news(self, window: Window, attempt: Attempt) -> bool:
+        parts = self._parts.get((attempt.number, window.ordinal))
+        return parts is not None and parts.may_be_published(self.config.num_shards, again=window.published)
+
+    def _is_settled(self, window: Window, attempt: Attempt) -> bool:
+        if self.ending is not None or not window.published or window.unwritten:
+            return False
+        parts = self._parts.get((attempt.number, window.ordinal))
+        if parts is None or attempt.missing(window.ordinal):  # who is missing is not expected any more
+            return parts is None or not parts.fresh
+        # Every shard hears of the last rank by itself, and then publishes once more.
+        return not parts.fresh and sum(part.complete for part in parts.newest.values()) == self.config.num_shards
+
+    def _submit(self, attempt: Attempt, windows: Sequence[Window]) -> None:
+        """Publish windows, of those whose parts are there."""
+        jobs = [self._job(attempt, window, final=True) for window in windows if self._has_news(window, attempt)]
+        self.running().submit(jobs)
+
+    def _job(self, attempt: Attempt, window: Window, *, final: bool) -> Job:
+        parts = self._parts[attempt.number, window.ordinal]
+        job = window.job(attempt.number, attempt.world_size, attempt.left, final=final)
+        workers = min([job.workers, *(part.workers for part in parts.newest.values())])
+        if final:
+            parts.fresh.clear()
+            if missing := sorted(set(range(self.config.num_shards)) - set(parts.newest)):
+                self.running().problem(f"step {window.step} is published without the layers of shards {missing}")
+        parts.shown = True
+        return replace(job, workers=workers, parts=dict(parts.newest))
+
+    def _live_jobs(self) -> list[Job]:
+        if not self.attempts:
+            return []
+        attempt = self.attempts[-1]
+        jobs = []
+        for window in attempt.windows.values():
+            parts = self._parts.get((attempt.number, window.ordinal))
+            if parts and not window.published and not parts.shown and len(parts.newest) == self.config.num_shards:
+                jobs.append(self._job(attempt, window, final=False))
+        return jobs
+
+    def written(self, job: Job, everywhere: bool) -> None:
+        """Every writer has written a window; its shards may let go of it."""
+        with self._lock:
+            parts = self._parts.get((job.attempt, job.ordinal))
+            if parts is None or not everywhere:
+                return
+            parts.written |= {shard: part.revision for shard, part in (job.parts or {}).items()}
+            for attempt in self.attempts:
+                if attempt.number == job.attempt:
+                    attempt.windows[job.ordinal].unwritten -= 1
+                    self._touch()
+                    self._advance(attempt)
+
+    def ended(self) -> None:
+        """See `WindowStore.ended`; of the windows those remain that a recovery may have something for."""
+        with self._lock:
+            for attempt in self.attempts:
+                for ordinal, window in list(attempt.windows.items()):
+                    if window.published and not window.unwritten and not attempt.missing(ordinal):
+                        del attempt.windows[ordinal]
+        super().ended()
+
+    def _adopt(self, state: State) -> None:
+        self._restored = {attempt.number: attempt.published for attempt in state.attempts}
+        super()._adopt(state)
+
+    # --- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self, why: str) -> None:
+        """Take nothing from workers any more, and end when all shards have published everything."""
+        self.ending, self._ending_since = why, time.monotonic()
+        while self._merging:
+            self._changed.wait()
+        for attempt in self.attempts:
+            self._advance(attempt)
+        self._touch()
+        self._end_if_done()
+
+    def _end_if_done(self) -> None:
+        if self.ending is None or self._ended:
+            return
+        undone = self.undone
+        if undone and time.monotonic() - self._ending_since < WITHOUT_S:
+            return
+        self._ended = True
+        if undone:
+            self.running().problem(f"shards {undone} have not published all that they have: they do not answer")
+        self.running().submit([], end=True)
+
+    def poll(self) -> list[Job]:
+        """See `WindowStore.poll`."""
+        with self._lock:
+            if self.ending is not None:
+                for attempt in self.attempts:
+                    self._advance(attempt)
+                self._end_if_done()
+                return []
+        return super().poll()

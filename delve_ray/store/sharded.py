@@ -1,0 +1,218 @@
+"""A store with shards as a worker sees it: one store.
+
+A delta is cut into one for each shard, with the moments of its layers, and one for the front, without moments. All have
+the delta's sequence number, so that each store counts it once by itself; the front gets its own last, so that what it
+hears of is in the shards. What the stores answer becomes one answer: a delta is in the store when it is in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+
+from delve_ray.moments import F64
+from delve_ray.reservoir import packed_size
+from delve_ray.store.assignment import assign
+from delve_ray.store.core import CovarianceStore
+from delve_ray.store.door import refusal
+from delve_ray.store.front import FrontStore
+from delve_ray.store.parts import PartWriter, shard_config
+from delve_ray.store.protocol import (
+    Ack,
+    Delta,
+    Held,
+    LayerInfo,
+    Progress,
+    Source,
+    Store,
+    StoreConfig,
+    Welcome,
+    moments_size,
+)
+from delve_ray.store.saving import Saver
+from delve_ray.store.state import State
+
+T = TypeVar("T")
+
+
+class ShardedStore:
+    """`protocol.Store` made of a front and its shards; see there for what the methods do."""
+
+    def __init__(self, front: Store, shards: Sequence[Store]) -> None:
+        self.front = front
+        self.shards = list(shards)
+        self._layers: list[LayerInfo] = []
+        self._assigned: list[int] = []
+        self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
+
+    def _each(self, call: Callable[[int, Store], T]) -> list[T]:
+        """Call all shards side by side; the first error is raised once all have answered."""
+        running = [self._pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
+        errors = [error for future in running if (error := future.exception()) is not None]
+        if errors:
+            raise errors[0]
+        return [future.result() for future in running]
+
+    def settings(self) -> StoreConfig:
+        """How the run is published."""
+        return self.front.settings()
+
+    def register(
+        self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
+    ) -> Welcome:
+        """Join the run, or join it again: at the front, and then in every shard."""
+        self._know(layers)
+        welcome = self.front.register(source, config, layers, held)
+        # Which attempt it is, and where this rank is in it, the front alone decides.
+        there = held or Held(welcome.attempt, 0, welcome.window, whole=True)
+        self._each(lambda index, shard: shard.register(source, shard_config(config, index), layers, there))
+        return welcome
+
+    def _know(self, layers: Sequence[LayerInfo]) -> None:
+        self._layers = list(layers)
+        self._assigned = assign(layers, len(self.shards))
+
+    def take(self, delta: Delta, buffer: F64) -> Ack:
+        """Merge a delta once, each shard its part."""
+        try:
+            pieces = self._cut(delta, buffer)
+        except (LookupError, TypeError, ValueError) as error:
+            raise refusal(delta, f"it is not one of this run's layers ({type(error).__name__}: {error})") from error
+        acks = self._each(lambda index, shard: shard.take(*pieces[index]))
+        if any(ack.busy for ack in acks):  # the front does not hear of what is not in all shards
+            return _both(self.front.heartbeat(delta.source), acks)
+        nothing = np.empty(0)
+        header = replace(delta, entries=(), widths=(), weights=(), samples=()).sealed(nothing)
+        return _both(self.front.take(header, nothing), acks)
+
+    def _cut(self, delta: Delta, buffer: F64) -> list[tuple[Delta, F64]]:
+        """What each shard gets of a delta."""
+        said = dict(delta.widths)
+        features = [self._layers[layer].features or said[layer] for layer, *_ in delta.entries]
+        width_of = {entry[:2]: width for entry, width in zip(delta.entries, features, strict=True)}
+        moments = _slices([moments_size(width) for width in features], 0)
+        sizes = [packed_size(rows, width_of[layer, phase]) for layer, phase, rows, _ in delta.samples]
+        samples = _slices(sizes, moments[-1].stop if moments else 0)
+        pieces = []
+        for shard in range(len(self.shards)):
+            own = [index for index, entry in enumerate(delta.entries) if self._assigned[entry[0]] == shard]
+            sampled = [index for index, sample in enumerate(delta.samples) if self._assigned[sample[0]] == shard]
+            places = [*(moments[index] for index in own), *(samples[index] for index in sampled)]
+            part = np.concatenate([np.empty(0), *(buffer[place] for place in places)])
+            piece = replace(
+                delta,
+                entries=tuple(delta.entries[index] for index in own),
+                widths=tuple(width for width in delta.widths if self._assigned[width[0]] == shard),
+                weights=tuple(delta.weights[index] for index in own) if delta.weights else (),
+                samples=tuple(delta.samples[index] for index in sampled),
+                scalars=(),
+            )
+            pieces.append((piece.sealed(part), part))
+        return pieces
+
+    def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
+        """Say that the source is alive."""
+        acks = self._each(lambda index, shard: shard.heartbeat(source))
+        return _both(self.front.heartbeat(source, outbox), acks)
+
+    def progress(self, timeout: float = 60.0) -> Progress:
+        """How far publication is, with the latest metrics."""
+        return self.front.progress(timeout)
+
+    def leave(self, source: Source, *, completed: bool, sent: int, timeout: float = 0.0) -> Ack:
+        """Deregister, in the shards first: the front then knows that there is no more to come."""
+        acks = self._each(lambda _, shard: shard.leave(source, completed=completed, sent=sent, timeout=timeout))
+        return _both(self.front.leave(source, completed=completed, sent=sent, timeout=timeout), acks)
+
+    def flush(self, timeout: float) -> bool:
+        """Publish what has arrived, and wait until it is written."""
+        return all(self._each(lambda _, shard: shard.flush(timeout))) and self.front.flush(timeout)
+
+    def wait_finished(self, timeout: float) -> bool:
+        """Wait until everything is published and written after the last `leave`."""
+        return self.front.wait_finished(timeout)
+
+    def end(self, source: Source) -> None:
+        """Release the stores."""
+        self._each(lambda _, shard: shard.end(source))
+        self.front.end(source)
+
+    def abandon(self) -> object:
+        """End the stores if nobody has ever joined the run."""
+        self._each(lambda _, shard: shard.abandon())
+        return self.front.abandon()
+
+    def status(self) -> dict[str, Any]:
+        """That of the front, and under `shards` theirs."""
+        return self.front.status() | {"shards": self._each(lambda _, shard: shard.status())}
+
+
+class LocalShards(ShardedStore):
+    """A front and shards in one process: what a recovery, or a test, works with."""
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        savers: Callable[[StoreConfig], Saver | None],
+    ) -> None:
+        self.local_front = FrontStore(config, saver=savers(config))
+        self.local_shards = []
+        for shard in range(config.num_shards):
+            options = shard_config(config, shard)
+            writer = PartWriter(shard, lambda: self.local_front)
+            self.local_shards.append(CovarianceStore(options, writers=[writer], saver=savers(options)))
+        super().__init__(self.local_front, self.local_shards)
+
+    @property
+    def config(self) -> StoreConfig:
+        """How the run is published."""
+        return self.local_front.config
+
+    @property
+    def joined(self) -> bool:
+        """Whether a worker has ever registered."""
+        return self.local_front.joined
+
+    def go_on(self, state: State) -> None:
+        """Go on from the front's state, and from the snapshots that the shards have."""
+        for shard in self.local_shards:
+            saved = shard.saver.load() if shard.saver is not None else None
+            shard.go_on(replace(saved or state, config=shard.config, ending=None))
+        self.local_front.go_on(state)
+        self._know(state.layers)
+
+    def finish(self, why: str) -> None:
+        """Publish what is open and end the run."""
+        for shard in self.local_shards:
+            shard.finish(why)
+        self.local_front.finish(why)
+
+
+def _slices(sizes: Sequence[int], start: int) -> list[slice]:
+    ends = list(accumulate(sizes, initial=start))
+    return [slice(first, last) for first, last in pairwise(ends)]
+
+
+def _both(front: Ack, shards: Sequence[Ack]) -> Ack:
+    """What all stores together have: a delta is there if all have it, and safe if all of their snapshots do."""
+    acks = [front, *shards]
+    first = min(ack.next_seq for ack in acks)
+    some = {seq for ack in acks for seq in (*ack.above, *range(first, ack.next_seq))}
+    above = sorted(seq for seq in some if all(seq < ack.next_seq or seq in ack.above for ack in acks))
+    return replace(
+        front,
+        merged=any(ack.merged for ack in acks),
+        refused=tuple(refused for ack in acks for refused in ack.refused),
+        next_seq=first,
+        above=tuple(above),
+        durable=min(ack.durable for ack in acks),
+        saved=all(ack.saved for ack in acks),
+        left=all(ack.left for ack in acks),
+        busy=any(ack.busy for ack in acks),
+        late=any(ack.late for ack in acks),
+    )
