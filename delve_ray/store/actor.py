@@ -36,6 +36,7 @@ from delve_ray.store.remote import SOON_S, actor_name, exists
 from delve_ray.store.remote import RemoteStore as RemoteStore
 from delve_ray.store.remote import connect as connect
 from delve_ray.store.remote import find as find
+from delve_ray.store.remote_spectra import MOST_TASKS, RemoteSpectra
 from delve_ray.store.saving import Saver
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,15 @@ class StoreActor:
         cores = min(cores, MOST_CORES)
         kind = FrontStore if config.num_shards > 1 else CovarianceStore
         writers = None if shard is None else [PartWriter(shard, self._front)]
-        self._core = kind(config, writers=writers, saver=saver, finish_timeout=FINISH_TIMEOUT_S, cores=cores)
+        self._core = kind(
+            config,
+            writers=writers,
+            saver=saver,
+            finish_timeout=FINISH_TIMEOUT_S,
+            cores=cores,
+            compute=RemoteSpectra(cores - 1),
+            elsewhere=MOST_TASKS,
+        )
         self._ended = threading.Event()
         Monitor(self._core).start(self._ended)
         self._released = False  # whether all workers have their last answer

@@ -21,7 +21,7 @@ from delve_ray.moments import F64
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.crew import Crew
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import entry_row, joined
+from delve_ray.store.publishing import Compute, entry_row, joined, layer_row
 from delve_ray.store.timings import Timings
 from delve_ray.store.window import Entry, Job, Window
 from delve_ray.store.writing import WriterThread
@@ -33,6 +33,8 @@ _POLL_S = 0.5
 """How often the publisher looks for live windows and for silence when nothing is submitted."""
 DECOMPOSING_BYTES = 2 << 30
 """Memory of the decompositions that run side by side: as many as have room for a layer of the widest kind each."""
+_SENT_PER_ENTRY = 8
+"""Of one that is decomposed elsewhere, per value: its packed triangle, here and on its way."""
 _BYTES_PER_ENTRY = 24
 """Of a matrix that is decomposed, per value: itself, LAPACK's copy of it, and what its statistics take."""
 
@@ -107,6 +109,8 @@ class Publisher:
         finish_timeout: float,
         cores: int = 1,
         timings: Timings | None = None,
+        compute: Compute = layer_row,
+        elsewhere: int = 0,
     ) -> None:
         self.config = config
         self._timings = timings or Timings()
@@ -114,7 +118,10 @@ class Publisher:
         self.writers = [WriterThread(writer, timings=self._timings) for writer in writers]
         self.finished = threading.Event()
         self._owner = owner
-        self._crew = Crew(cores - 1, "delve_ray-spectrum")  # the other core is for what comes in
+        self._compute = compute
+        # One core is for what comes in; who waits for others takes none.
+        self._crew = Crew(max(1, cores - 1) + elsewhere, "delve_ray-spectrum")
+        self._elsewhere = elsewhere
         self._finish_timeout = finish_timeout
         self._jobs: deque[Job] = deque()
         self._pending = 0
@@ -242,7 +249,8 @@ class Publisher:
         largest = max((entry.features for entry in entries.values()), default=1)
         found = self._crew.run(
             [partial(self._row, step, key, entries[key]) for key in widest_first],
-            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2)),
+            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2))
+            + min(self._elsewhere, DECOMPOSING_BYTES // (_SENT_PER_ENTRY * largest**2)),
         )
         rows = dict(zip(widest_first, found, strict=True))
         return [row for key in sorted(rows) if (row := rows[key]) is not None]
@@ -253,7 +261,7 @@ class Publisher:
         try:
             cut = entry.freeze()
             found = cut.collect()
-            row = entry_row(cut, found, self.layers[index], PHASES[phase], self.config)
+            row = entry_row(cut, found, self.layers[index], PHASES[phase], self.config, self._compute)
         except Exception as error:
             self.problem(f"layer {self.layers[index].name}, step {step}: {type(error).__name__}: {error}")
             return None

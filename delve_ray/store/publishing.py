@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from delve_ray import reservoir, spectrum
@@ -58,8 +58,14 @@ def layer_row(
     )
 
 
-def entry_row(cut: Cut, found: Collected, layer: LayerInfo, phase: str, config: StoreConfig) -> LayerRow:
-    """`layer_row` of what a cut has collected, or the row of its entry's last publication if nothing came since.
+Compute = Callable[[LayerInfo, str, Collected, StoreConfig, Reservoir | None], LayerRow]
+"""What turns moments into a row: `layer_row`, or something that has it done elsewhere."""
+
+
+def entry_row(
+    cut: Cut, found: Collected, layer: LayerInfo, phase: str, config: StoreConfig, compute: Compute = layer_row
+) -> LayerRow:
+    """The row of what a cut has collected, or that of its entry's last publication if nothing came since.
 
     What is kept on the entry is small: of the covariance, no copy.
     """
@@ -67,7 +73,7 @@ def entry_row(cut: Cut, found: Collected, layer: LayerInfo, phase: str, config: 
     if entry.row is not None and entry.row[0] is found.packed:  # a collected triangle never changes
         row = entry.row[1]
         return replace(row, covariance=found.packed / (found.weight or 1.0)) if COVARIANCE_STAT in config.stats else row
-    row = layer_row(layer, phase, found, config, cut.reservoir if config.rows_to_embed else None)
+    row = compute(layer, phase, found, config, cut.reservoir if config.rows_to_embed else None)
     entry.row = found.packed, replace(row, covariance=None)
     return row
 

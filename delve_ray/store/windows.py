@@ -22,6 +22,7 @@ from delve_ray.store import registration
 from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.protocol import NOT_ON_DISK, LayerInfo, StoreConfig
 from delve_ray.store.publisher import Publisher
+from delve_ray.store.publishing import Compute, layer_row
 from delve_ray.store.run_file import RunFile
 from delve_ray.store.saving import FOLDER, Saver, load_window, rescue_folder, save_once
 from delve_ray.store.state import Frozen, State, freeze, freeze_window
@@ -43,6 +44,7 @@ class WindowStore:
     """The state of a run's store and its windows; `CovarianceStore` adds the workers, their deltas and the answers.
 
     `cores` is how many cores it may use. In the process of a training loop that is one: the others are the loop's.
+    `compute` turns moments into rows, and may have up to `elsewhere` of them done by others.
     """
 
     def __init__(
@@ -53,8 +55,11 @@ class WindowStore:
         saver: Saver | None = None,
         finish_timeout: float = FINISH_TIMEOUT_S,
         cores: int = 1,
+        compute: Compute = layer_row,
+        elsewhere: int = 0,
     ) -> None:
         self.config = config
+        self._compute, self._elsewhere = compute, elsewhere
         self._cores = cores
         self.layers: list[LayerInfo] = []
         self.attempts: list[Attempt] = []  # the current one last, and the one before it
@@ -88,7 +93,17 @@ class WindowStore:
             state = (self.saver or Saver(Storage(config.savefile), 0.0)).load()
             state = None if state is None else state.closed()
         self.config, self.layers, self._run_file = config, list(layers), run_file
-        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout, self._cores, self.timings)
+        self.publisher = Publisher(
+            config,
+            layers,
+            writers,
+            self,
+            self._finish_timeout,
+            self._cores,
+            self.timings,
+            self._compute,
+            self._elsewhere,
+        )
         if config.resume and config.save_to:
             self._on_disk = revisions(Storage(config.savefile))
         if state is not None:
