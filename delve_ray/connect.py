@@ -115,7 +115,7 @@ def identify(
         run = _run_on_disk(path) if resume else None
     if run is None:
         # Alone, a run needs no name that others could guess; a second one must not join the first by accident.
-        run = os.path.basename(path.rstrip("/")) + (f"-{uuid.uuid4().hex[:8]}" if on_ray else "")
+        run = _name_of(path) + (f"-{uuid.uuid4().hex[:8]}" if on_ray else "")
         rejoinable = False
     token = _token(resume, world_size) if worker is None or isinstance(resume, str) else worker.token
     resumes = bool(resume) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0
@@ -199,6 +199,17 @@ def _run_on_disk(savefile: str) -> str | None:
         return str(read_run(Storage(savefile))["run"])
     except (ReadError, KeyError):
         return None
+
+
+def _name_of(savefile: str) -> str:
+    """What a run without a name is called: the last part of its savefile.
+
+    >>> _name_of("/data/a@b/"), _name_of("s3://key:secret@bucket/cnn?region=eu-west-1"), _name_of("gs://key@bucket")
+    ('a@b', 'cnn', 'bucket')
+    """
+    if "://" not in savefile:
+        return os.path.basename(savefile.rstrip("/")) or "run"
+    return savefile.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition("@")[2] or "run"
 
 
 def _or(value: int | None, default: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from delve_ray.analysis.table import printable
 from delve_ray.cli.output import FAILED, fail, show_json
 from delve_ray.recovery import recover
+from delve_ray.storage import masked
 
 
 def recover_run(run: str, paths: list[str], as_json: bool, force: bool) -> int:
@@ -17,7 +18,7 @@ def recover_run(run: str, paths: list[str], as_json: bool, force: bool) -> int:
         steps = sorted({outcome.step for outcome in merged})
         ranks = sorted({outcome.rank for outcome in merged})
         what = f"merged {len(merged)} deltas of ranks {ranks}, steps {steps}" if merged else "nothing to merge"
-        print(f"{printable(run)}: {what}")
+        print(f"{printable(masked(run))}: {what}")
     for outcome in outcomes:
         if not outcome.merged:
             fail(f"{outcome.file} is not merged: {outcome.problem}")

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from delve_ray.schema import PHASES
+from delve_ray.storage import masked
 from delve_ray.store.publisher import Latest
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def status(store: CovarianceStore) -> dict[str, Any]:
     windows = [window for attempt in store.attempts for window in attempt.windows.values()]
     state: dict[str, Any] = {
         "run": store.config.run,
-        "savefile": store.config.savefile,
+        "savefile": masked(store.config.savefile),
         "attempt": -1 if current is None else current.number,
         "world_size": store.config.world_size if current is None else current.world_size,
         "ranks": {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from delve_ray.storage import masked
 from delve_ray.store.protocol import SAME_FOR_ALL, LayerInfo, StoreConfig
 
 
@@ -32,6 +33,8 @@ def config_difference(known: StoreConfig, other: StoreConfig, rank: int) -> str 
         if name == "trial" and None in (mine, theirs):  # the store was started by hand, or the worker elsewhere
             continue
         if mine != theirs:
+            if name == "savefile":
+                mine, theirs = masked(mine), masked(theirs)
             option = {"product_eps": "the epsilon of precision", "threshold": "sat_threshold"}.get(name, name)
             return (
                 f"rank {rank} brings {option}={theirs!r}, but run {known.run!r} has {option}={mine!r}; "

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from delve_ray.errors import DelveRayError
 from delve_ray.schema import PublishedWindow
+from delve_ray.storage import Storage
 from delve_ray.store.protocol import StoreConfig
 from delve_ray.writers.base import Scalar, WriterRun
 
@@ -87,7 +88,7 @@ def shard_config(config: StoreConfig, shard: int) -> StoreConfig:
     """How a shard of a run is published: to the front; its own snapshots lie below the run's savefile."""
     return replace(
         config,
-        savefile=f"{config.savefile.rstrip('/')}/{FOLDER}/{shard}",
+        savefile=Storage(config.savefile).child(f"{FOLDER}/{shard}").savefile,
         save_to=(PartWriter.name,) if config.save_to else (),
         writers=(),
         writer_args={},

@@ -20,7 +20,7 @@ from delve_ray.store.window import Collected
 log = logging.getLogger(__name__)
 
 WIDE = 1024
-"""Features from which on a layer is sent: its decomposition takes 50 ms and more, and what is sent grows more slowly."""
+"""Features from which on a layer is sent: its decomposition takes 50 ms, and grows faster than what is sent."""
 MOST_TASKS = 16
 """Tasks of one store at a time: what it has packed for them is in the object store meanwhile."""
 LOOK_S = 5.0

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pyarrow as pa
 
-from delve_ray.errors import ReadError, StoreError
+from delve_ray.errors import OptionError, ReadError, StoreError
 from delve_ray.storage import Storage, masked
 from delve_ray.store import registration
 from delve_ray.store.attempt import Attempt, Member
@@ -315,10 +315,11 @@ class WindowStore:
 
     def _rescue(self) -> None:
         """Keep what the writers could not write, where there is room: beside the files, or on this machine."""
-        for storage in (Storage(self.config.savefile), Storage(rescue_folder(self.config.run))):
+        for place in (self.config.savefile, rescue_folder(self.config.run)):
             try:
+                storage = Storage(place)
                 save_once(storage, self.freeze())
-            except (OSError, pa.ArrowException):
+            except (OSError, OptionError, pa.ArrowException):
                 continue
             where = storage.uri
             self.running().problem(

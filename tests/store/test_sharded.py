@@ -430,9 +430,10 @@ def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:
 
 
 def test_a_shard_is_configured_like_the_run_but_for_its_files() -> None:
-    base = StoreConfig("r", "s3://bucket/run/", 4, save_to=("parquet", "csv"), num_shards=3, lingers=5.0)
+    where = "s3://key:secret@bucket/run/{}?endpoint_override=127.0.0.1:9&scheme=http"
+    base = StoreConfig("r", where.format(""), 4, save_to=("parquet", "csv"), num_shards=3, lingers=5.0)
     shard = shard_config(base, 2)
-    assert (shard.savefile, shard.save_to, shard.num_shards) == ("s3://bucket/run/shards/2", ("front",), 1)
+    assert (shard.savefile, shard.save_to, shard.num_shards) == (where.format("shards/2"), ("front",), 1)
     assert (shard.run, shard.world_size, shard.stats) == (base.run, base.world_size, base.stats)
     assert SPECTRA.folder not in shard.savefile
 
