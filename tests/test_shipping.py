@@ -77,10 +77,11 @@ def test_what_closes_while_the_store_is_away_waits_on_disk_and_arrives(
         kept.append(model(torch.randn(70 + step, 8)).detach().double().numpy())
         tracker.add_scalar("step_done", step)
         tracker.add_saturations(step)
-    until(lambda: tracker._shipper.outbox.status()["deltas"] >= 40)
-    status = tracker._shipper.outbox.status()
-    assert status["memory_bytes"] <= 2 * delta_bytes, "one delta of both phases, and the one that is being sent"
-    assert status["on_disk"] >= 37
+    outbox = tracker._shipper.outbox
+    until(lambda: outbox.status()["deltas"] >= 40)
+    bound = 2 * delta_bytes  # one delta of both phases, and the one that is being sent
+    until(lambda: outbox.status()["memory_bytes"] <= bound, "the last one does not go to the disk")
+    assert outbox.status()["on_disk"] >= 37
     link.reachable.set()
     tracker.close()
     assert not list((tmp_path / "spill").iterdir()), "nothing is left behind"
