@@ -21,7 +21,7 @@ from delve_ray.moments import F64
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.crew import Crew
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import Compute, entry_row, joined, layer_row
+from delve_ray.store.publishing import WIDE, Compute, entry_row, joined, layer_row
 from delve_ray.store.timings import Timings
 from delve_ray.store.window import Entry, Job, Window
 from delve_ray.store.writing import WriterThread
@@ -249,11 +249,15 @@ class Publisher:
         largest = max((entry.features for entry in entries.values()), default=1)
         found = self._crew.run(
             [partial(self._row, step, key, entries[key]) for key in widest_first],
-            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2))
-            + min(self._elsewhere, DECOMPOSING_BYTES // (_SENT_PER_ENTRY * largest**2)),
+            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2)) + self._others(entries, largest),
         )
         rows = dict(zip(widest_first, found, strict=True))
         return [row for key in sorted(rows) if (row := rows[key]) is not None]
+
+    def _others(self, entries: Mapping[tuple[int, int], Entry], largest: int) -> int:
+        """How many threads may wait for layers that are decomposed elsewhere."""
+        wide = sum(entry.features >= WIDE for entry in entries.values())
+        return min(self._elsewhere, wide, DECOMPOSING_BYTES // (_SENT_PER_ENTRY * largest**2))
 
     def _row(self, step: int, key: tuple[int, int], entry: Entry) -> LayerRow | None:
         """The row of one layer; an error costs that one alone."""

@@ -58,6 +58,8 @@ def layer_row(
     )
 
 
+WIDE = 1024
+"""Features from which on a layer may be decomposed elsewhere: that takes 50 ms, and grows faster than what is sent."""
 Compute = Callable[[LayerInfo, str, Collected, StoreConfig, Reservoir | None], LayerRow]
 """What turns moments into a row: `layer_row`, or something that has it done elsewhere."""
 

@@ -14,13 +14,11 @@ from ray.exceptions import GetTimeoutError, RayError
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import LayerRow
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import layer_row
+from delve_ray.store.publishing import WIDE, layer_row
 from delve_ray.store.window import Collected
 
 log = logging.getLogger(__name__)
 
-WIDE = 1024
-"""Features from which on a layer is sent: its decomposition takes 50 ms, and grows faster than what is sent."""
 MOST_TASKS = 16
 """Tasks of one store at a time: what it has packed for them is in the object store meanwhile."""
 LOOK_S = 5.0

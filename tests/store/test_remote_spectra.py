@@ -13,7 +13,7 @@ from delve_ray import SaturationTracker, read_spectra
 from delve_ray.moments import pack_triangle
 from delve_ray.reservoir import UNBOUNDED, Reservoir
 from delve_ray.schema import LayerRow
-from delve_ray.store import remote_spectra
+from delve_ray.store import publishing, remote_spectra
 from delve_ray.store.protocol import LayerInfo
 from delve_ray.store.publishing import layer_row
 from delve_ray.store.remote_spectra import RemoteSpectra
@@ -90,7 +90,7 @@ def test_a_store_with_a_wide_layer(ray_session: None, savefile: str, tmp_path: P
     import torch
 
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, remote_spectra.WIDE), torch.nn.Linear(remote_spectra.WIDE, 3))
+    model = torch.nn.Sequential(torch.nn.Linear(8, publishing.WIDE), torch.nn.Linear(remote_spectra.WIDE, 3))
     batch = torch.randn(40, 8)
     for path, options in ((savefile, {"run": "wide"}), (str(tmp_path / "alone"), {"store": None})):
         if options.get("run") is None:
