@@ -36,9 +36,11 @@ def free_port():
 def start(cluster, arguments):
     """Start the nodes, of which the first, the head, takes no training; the port of the job server."""
     port = free_port()
-    cluster.add_node(num_cpus=0, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=port)
+    dashboard = {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": port}
+    cluster.add_node(num_cpus=0, dashboard_agent_listen_port=free_port(), **dashboard)
     for _ in range(arguments.nodes - 1):
-        cluster.add_node(num_cpus=arguments.cpus)
+        # Each node's agent has the same port by default, which another Ray on this machine may have, too.
+        cluster.add_node(num_cpus=arguments.cpus, dashboard_agent_listen_port=free_port())
     print(f"{arguments.nodes} nodes; dashboard: http://127.0.0.1:{port}", flush=True)
     return port
 
