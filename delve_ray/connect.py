@@ -338,11 +338,20 @@ def enter(
     began = time.monotonic()
     deadline = began + REGISTER_TIMEOUT_S
     while True:
-        store, ours = (given, False) if given is not None else join(identity, config)
+        store, ours = given, False
         try:
+            if given is None:
+                store, ours = join(identity, config)
+            assert store is not None
             return store, store.register(source, config, layers)
         except RunEnded:
-            if given is not None or not identity.resume or not identity.on_ray or time.monotonic() >= deadline:
+            if (
+                store is None
+                or given is not None
+                or not identity.resume
+                or not identity.on_ray
+                or time.monotonic() >= deadline
+            ):
                 raise
             with suppress(StoreError):  # it may have ended meanwhile
                 if identity.rank == 0 and store.progress().finished:
@@ -351,11 +360,11 @@ def enter(
             # One that has just ended may have been the last attempt's, in whose place there will be another.
             ending = error.final and given is None and identity.on_ray and identity.resume
             if time.monotonic() >= (began + ENDING_S if ending else deadline) or (error.final and not ending):
-                if ours:
+                if ours and store is not None:
                     _abandon(store)
                 raise
         except BaseException:
-            if ours:
+            if ours and store is not None:
                 _abandon(store)
             raise
         time.sleep(0.5)

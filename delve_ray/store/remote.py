@@ -65,9 +65,20 @@ def find(run: str, timeout: float = 0.0, shard: int | None = None) -> Any:
 
 
 def connect(handle: Any) -> RemoteStore | ShardedStore:
-    """The store behind an actor's handle, with its shards if it has some. Raises StoreError."""
+    """The store behind an actor's handle, with its shards if it has some.
+
+    Waits for one that is being restarted. Raises StoreError.
+    """
     front = RemoteStore(handle)
-    settings = front.settings()
+    deadline = time.monotonic() + FIND_TIMEOUT_S
+    while True:
+        try:
+            settings = front.settings()
+            break
+        except StoreError as error:
+            if error.final or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
     if settings.num_shards == 1:
         return front
     shards = [RemoteStore(find(settings.run, FIND_TIMEOUT_S, shard=shard)) for shard in range(settings.num_shards)]
