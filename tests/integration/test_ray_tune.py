@@ -139,7 +139,8 @@ def test_a_sweep_with_failures_ranks_what_has_finished(swept: tuple[Any, Path]) 
         assert row["path"] == found[width].path
         wasted = [layer["features"] - layer["intrinsic_dimensionality"] for layer in row["wasted"]]
         assert wasted == sorted(wasted, reverse=True)
-        assert len(wasted) == 3
+        assert 0 < len(wasted) <= 3
+        assert min(wasted) > 0
     text = ranking_table(table)
     assert f"{rows[0]['trial']} wastes most in {rows[0]['wasted'][0]['layer']} (" in text
     assert "left out, as they failed or did not report both metrics: 5 (" in text
