@@ -51,10 +51,9 @@ class PartWriter:
 
     name = "front"
 
-    def __init__(self, shard: int, front: Callable[[], Front], sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, shard: int, front: Callable[[], Front]) -> None:
         self._shard = shard
         self._front = front
-        self._sleep = sleep
 
     def open(self, run: WriterRun) -> None:
         """Nothing to prepare."""
@@ -71,7 +70,7 @@ class PartWriter:
                     return
                 if state == UNKNOWN:  # the front was started anew
                     front.accept(self._shard, window)
-                self._sleep(pause)
+                time.sleep(pause)
                 pause = min(2 * pause, PAUSE_S[1])
         except DelveRayError as error:
             raise OSError(f"the front of the run does not take it: {error}") from error

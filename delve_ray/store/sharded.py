@@ -155,11 +155,7 @@ class ShardedStore:
 class LocalShards(ShardedStore):
     """A front and shards in one process: what a recovery, or a test, works with."""
 
-    def __init__(
-        self,
-        config: StoreConfig,
-        savers: Callable[[StoreConfig], Saver | None],
-    ) -> None:
+    def __init__(self, config: StoreConfig, savers: Callable[[StoreConfig], Saver | None]) -> None:
         self.local_front = FrontStore(config, saver=savers(config))
         self.local_shards = []
         for shard in range(config.num_shards):
@@ -179,17 +175,21 @@ class LocalShards(ShardedStore):
         return self.local_front.joined
 
     def go_on(self, state: State) -> None:
-        """Go on from the front's state, and from the snapshots that the shards have."""
+        """Go on from the front's state, and from the snapshots that the shards have; one without any begins anew."""
         for shard in self.local_shards:
             saved = shard.saver.load() if shard.saver is not None else None
-            shard.go_on(replace(saved or state, config=shard.config, ending=None))
+            if saved is not None:
+                shard.go_on(replace(saved, config=shard.config, ending=None))
         self.local_front.go_on(state)
         self._know(state.layers)
 
     def finish(self, why: str) -> None:
         """Publish what is open and end the run."""
-        for shard in self.local_shards:
-            shard.finish(why)
+        for index, shard in enumerate(self.local_shards):
+            if shard.joined:
+                shard.finish(why)
+            else:  # it has nothing, and nobody has come with something
+                self.local_front.shard_done(index)
         self.local_front.finish(why)
 
 

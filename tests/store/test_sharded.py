@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -438,7 +439,8 @@ def test_a_shard_is_configured_like_the_run_but_for_its_files() -> None:
     assert SPECTRA.folder not in shard.savefile
 
 
-def test_what_was_not_delivered_is_recovered(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", [False, True], ids=["all are there", "a shard's snapshots are lost"])
+def test_what_was_not_delivered_is_recovered(tmp_path: Path, lost: bool) -> None:
     """A rank's last deltas stay in files; the run has ended without them."""
     rng = np.random.default_rng(3)
     sharded = Sharded(str(tmp_path), 2, late_after=0.1)
@@ -455,6 +457,17 @@ def test_what_was_not_delivered_is_recovered(tmp_path: Path) -> None:
     (tmp_path / "undelivered").mkdir()
     pieces = encode_parcel(delta, buffer, sharded.config, LAYERS, first=True)
     Storage(tmp_path / "undelivered").write_atomic(parcel_name(delta), pieces)
+    if lost:
+        shutil.rmtree(tmp_path / "shards" / "1")
     (outcome,) = recover(tmp_path, force=True)
     assert outcome.merged, outcome.problem
-    check(str(tmp_path), {0: rows})
+    if not lost:
+        check(str(tmp_path), {0: rows})
+        return
+    # What the shard's layers had before is gone: their rows say so, and count what there is once.
+    assigned = dict(zip((layer.name for layer in LAYERS), assign(LAYERS, 2), strict=True))
+    for row in read_spectra(tmp_path).to_pylist():
+        key = (int(row["layer"][5:]), ("train", "eval").index(row["phase"]))
+        kept = rows if assigned[row["layer"]] == 0 else rows[1:]
+        assert row["samples"] == sum(len(part[key]) for part in kept)
+        assert row["workers"] < 2
