@@ -50,7 +50,11 @@ AUTO_SHARDS = 0
 
 def check_shards(value: object) -> int:
     """How many shards a store has; "auto" is `AUTO_SHARDS`."""
-    return AUTO_SHARDS if value == "auto" else check_integer("num_shards", value, at_least=1)
+    if value == "auto":
+        return AUTO_SHARDS
+    if isinstance(value, str):
+        raise OptionError(f"num_shards={value!r} must be an integer, at least 1, or 'auto'")
+    return check_integer("num_shards", value, at_least=1)
 
 
 def check_number(option: str, value: object, name: str) -> float:
