@@ -340,9 +340,8 @@ def enter(
     while True:
         store, ours = given, False
         try:
-            if given is None:
+            if store is None:
                 store, ours = join(identity, config)
-            assert store is not None
             return store, store.register(source, config, layers)
         except RunEnded:
             if (
@@ -360,16 +359,17 @@ def enter(
             # One that has just ended may have been the last attempt's, in whose place there will be another.
             ending = error.final and given is None and identity.on_ray and identity.resume
             if time.monotonic() >= (began + ENDING_S if ending else deadline) or (error.final and not ending):
-                if ours and store is not None:
+                if ours:
                     _abandon(store)
                 raise
         except BaseException:
-            if ours and store is not None:
+            if ours:
                 _abandon(store)
             raise
         time.sleep(0.5)
 
 
-def _abandon(store: Store) -> None:
-    with suppress(StoreError):
-        store.abandon()
+def _abandon(store: Store | None) -> None:
+    if store is not None:
+        with suppress(StoreError):
+            store.abandon()
