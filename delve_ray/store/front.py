@@ -64,7 +64,8 @@ class FrontStore(CovarianceStore):
                     return
                 window = attempt.windows[part.window] = self._reopened(attempt, part)
             parts = self._parts.setdefault((part.attempt, part.window), Parts())
-            if window.published and not parts.newest and self._is_on_disk(attempt, part.window, part.workers):
+            unknown = window.published and shard not in parts.newest
+            if unknown and self._is_on_disk(attempt, part.window, part.workers):
                 parts.written[shard] = part.revision  # by a front before this one; the shard has not heard of it
             parts.add(shard, part)
             self._advance(attempt)
