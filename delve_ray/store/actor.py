@@ -28,7 +28,7 @@ from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.monitoring import Monitor
-from delve_ray.store.parts import PartWriter, shard_config
+from delve_ray.store.parts import PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.remote import FIND_TIMEOUT_S as FIND_TIMEOUT_S
 from delve_ray.store.remote import NAMESPACE as NAMESPACE
@@ -72,7 +72,7 @@ class StoreActor:
         # Ray gives an actor that asks for no CPU a BLAS of one thread, so that threads of ours are not threads of its.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = min(cores, MOST_CORES)
-        kind = FrontStore if config.num_shards > 1 else CovarianceStore
+        kind = FrontStore if config.num_shards > 1 else CovarianceStore if shard is None else ShardStore
         writers = None if shard is None else [PartWriter(shard, self._front)]
         self._core = kind(
             config,

@@ -9,18 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from delve_ray.errors import StoreError
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
 from delve_ray.store.attempt import Attempt
 from delve_ray.store.core import CovarianceStore
+from delve_ray.store.earlier import Earlier, final_windows, read_parts
 from delve_ray.store.parts import PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.state import State
 from delve_ray.store.window import Job, Window
-from delve_ray.writers.parquet import spectra_file
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +30,12 @@ class FrontStore(CovarianceStore):
     Workers tell it when they close a window, without moments, after every shard has what belongs to it. The shards
     publish independently; `accept` takes their parts, and a window is written once it is complete and all its parts
     are there. The run ends when all shards have. Nothing of a part is in a snapshot: a shard offers it again until it
-    is written.
+    is written. A front that was started anew may thus get some of a window's parts only; the others are in the files.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._parts: dict[tuple[int, int], Parts] = {}  # by attempt and ordinal
-        self._restored: dict[int, int] = {}  # windows before this one were published by a front before this one
+        self._earlier: dict[tuple[int, int], Earlier] = {}  # what a front before this one has written
         self._done: set[int] = set()  # shards that have published everything
         self._ending_since = 0.0
         self._ended = False
@@ -53,22 +52,49 @@ class FrontStore(CovarianceStore):
     # --- called by the shards ----------------------------------------------------------------------------------
 
     def accept(self, shard: int, part: PublishedWindow) -> None:
-        """Take a shard's part of a window. Raises StoreError for one of an attempt that is not known yet."""
+        """Take a shard's part of a window.
+
+        Raises StoreError for one of an attempt that is not known yet, or where the files cannot be read.
+        """
+        written = self._written_before(part)
         with self._lock:
             attempt = self._attempt(part.attempt)
             if attempt is None:
                 return
             window = attempt.windows.get(part.window)
             if window is None:
-                if self._is_written(attempt, part.window, part.workers):
+                if part.window < attempt.published:
                     return
                 window = attempt.windows[part.window] = self._reopened(attempt, part)
-            parts = self._parts.setdefault((part.attempt, part.window), Parts())
-            unknown = window.published and shard not in parts.newest
-            if unknown and self._is_on_disk(attempt, part.window, part.workers):
-                parts.written[shard] = part.revision  # by a front before this one; the shard has not heard of it
+            if part.final:
+                self._pass_over(attempt, shard, part.window)
+            parts = self._parts.get((part.attempt, part.window))
+            if parts is None:
+                parts = self._parts[part.attempt, part.window] = Parts(newest=dict(written))
+                self._earlier.pop((part.attempt, part.window), None)  # from now on this front knows better
             parts.add(shard, part)
             self._advance(attempt)
+
+    def _written_before(self, part: PublishedWindow) -> dict[int, PublishedWindow]:
+        """The parts of a window that a front before this one has written, when the first is offered again."""
+        key = part.attempt, part.window
+        with self._lock:
+            earlier = None if key in self._parts else self._earlier.get(key)
+            layers, num_shards = self.layers, self.config.num_shards
+        if earlier is None:
+            return {}
+        try:
+            return read_parts(Storage(self.config.savefile), earlier, layers, num_shards)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
+
+    def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> None:
+        """Note what a final part tells a front that was started anew: its shard's earlier windows are written."""
+        for before, window in attempt.windows.items():
+            parts = self._parts.get((attempt.number, before))
+            if before < ordinal and not window.published and (parts is None or shard not in parts.newest):
+                window.published = True
+                attempt.published = max(attempt.published, before + 1)
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `parts.Front.part_state`."""
@@ -78,7 +104,7 @@ class FrontStore(CovarianceStore):
                 return WRITTEN
             parts = self._parts.get((attempt, window))
             if parts is None:
-                return WRITTEN if window not in known.windows and self._is_written(known, window, 0) else UNKNOWN
+                return WRITTEN if window not in known.windows and window < known.published else UNKNOWN
             if parts.written.get(shard, -1) >= revision:
                 return WRITTEN
             newest = parts.newest.get(shard)
@@ -105,33 +131,17 @@ class FrontStore(CovarianceStore):
             return None
         raise StoreError(f"run {self.config.run!r}: attempt {number} is not known yet; its workers have to register")
 
-    def _is_written(self, attempt: Attempt, ordinal: int, workers: int) -> bool:
-        """Whether a window that is not kept any more has been written, with at least so many workers' shares."""
-        if ordinal >= attempt.published:
-            return False
-        if ordinal >= self._restored.get(attempt.number, 0):
-            return True  # by this front, which lets go of nothing else
-        return self._is_on_disk(attempt, ordinal, workers)
-
-    def _is_on_disk(self, attempt: Attempt, ordinal: int, workers: int) -> bool:
-        """Whether the files of a front before this one have a window as final, with so many workers' shares."""
-        revision = self._on_disk.get((attempt.number, ordinal))
-        if revision is None:
-            return False
-        try:
-            name = spectra_file(attempt.number, ordinal, revision)
-            with Storage(self.config.savefile).open_input(name) as stream:
-                row = pq.ParquetFile(stream).read(["final", "workers"]).slice(0, 1).to_pylist()[0]
-        except (OSError, pa.ArrowException, IndexError):
-            return False
-        return bool(row["final"]) and row["workers"] >= workers
-
     def _reopened(self, attempt: Attempt, part: PublishedWindow) -> Window:
-        """A window of which nobody has said anything yet, or that this front does not remember."""
+        """A window of which no worker has said anything yet."""
         window = Window(part.window, part.step)
-        window.closed = {rank for rank, member in attempt.members.items() if member.next_window > part.window}
+        window.closed = self._have_closed(attempt, part.window)
         window.revision = self.next_revision(attempt.number, part.window)
         return window
+
+    @staticmethod
+    def _have_closed(attempt: Attempt, ordinal: int) -> set[int]:
+        """Ranks that are beyond a window."""
+        return {rank for rank, member in attempt.members.items() if member.next_window > ordinal}
 
     # --- windows -------------------------------------------------------------------------------------------------
 
@@ -140,6 +150,9 @@ class FrontStore(CovarianceStore):
         for number, ordinal in list(self._parts):
             if number == attempt.number and ordinal not in attempt.windows:
                 del self._parts[number, ordinal]
+        for number, ordinal in list(self._earlier):
+            if number == attempt.number and ordinal not in attempt.windows:
+                del self._earlier[number, ordinal]
 
     def _is_complete(self, window: Window, attempt: Attempt, silent_before: float) -> bool:
         # What the shards publish when a run or an attempt ends is all that there will be.
@@ -154,8 +167,11 @@ class FrontStore(CovarianceStore):
         if self.ending is not None or not window.published or window.unwritten:
             return False
         parts = self._parts.get((attempt.number, window.ordinal))
-        if parts is None or attempt.missing(window.ordinal):  # who is missing is not expected any more
-            return parts is None or not parts.fresh
+        if parts is None:  # it was published by a front before this one, and the shards may still correct it
+            earlier = self._earlier.get((attempt.number, window.ordinal))
+            return earlier is not None and earlier.complete
+        if attempt.missing(window.ordinal):  # who is missing is not expected any more
+            return not parts.fresh
         # Every shard hears of the last rank by itself, and then publishes once more.
         return not parts.fresh and sum(part.complete for part in parts.newest.values()) == self.config.num_shards
 
@@ -166,12 +182,15 @@ class FrontStore(CovarianceStore):
 
     def _job(self, attempt: Attempt, window: Window, *, final: bool) -> Job:
         parts = self._parts[attempt.number, window.ordinal]
+        missing = sorted(set(range(self.config.num_shards)) - set(parts.newest))
+        if final and missing and not window.published:
+            self.running().problem(f"step {window.step} is published without the layers of shards {missing}")
         job = window.job(attempt.number, attempt.world_size, attempt.left, final=final)
-        workers = min([job.workers, *(part.workers for part in parts.newest.values())])
+        # What lacks a shard's layers is not complete, whoever has closed it.
+        most = attempt.world_size - bool(missing)
+        workers = min([job.workers, most, *(part.workers for part in parts.newest.values())])
         if final:
             parts.fresh.clear()
-            if missing := sorted(set(range(self.config.num_shards)) - set(parts.newest)):
-                self.running().problem(f"step {window.step} is published without the layers of shards {missing}")
         parts.shown = True
         return replace(job, workers=workers, parts=dict(parts.newest))
 
@@ -209,8 +228,28 @@ class FrontStore(CovarianceStore):
         super().ended()
 
     def _adopt(self, state: State) -> None:
-        self._restored = {attempt.number: attempt.published for attempt in state.attempts}
+        """See `WindowStore._adopt`; what the files have beyond the state is published."""
+        latest: Earlier | None = None
+        for attempt in state.attempts:
+            for window in attempt.windows.values():
+                window.published = window.published and not window.changed  # what was not written is offered again
+            wanted = [key for key in self._on_disk if self._may_be_newer(attempt, *key)]
+            for earlier in final_windows(Storage(self.config.savefile), wanted):
+                self._earlier[attempt.number, earlier.window] = earlier
+                window = attempt.windows.setdefault(earlier.window, Window(earlier.window, earlier.step))
+                window.closed |= self._have_closed(attempt, earlier.window)
+                window.published = True
+                if earlier.window >= attempt.published:
+                    attempt.published, latest = earlier.window + 1, earlier
         super()._adopt(state)
+        if latest is not None:
+            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config.num_shards)
+            self.running().announce([row for part in parts.values() for row in part.rows])
+
+    @staticmethod
+    def _may_be_newer(attempt: Attempt, number: int, ordinal: int) -> bool:
+        """Whether a window on disk is one that a saved state does not settle."""
+        return number == attempt.number and (ordinal in attempt.windows or ordinal >= attempt.published)
 
     # --- the end -------------------------------------------------------------------------------------------------
 

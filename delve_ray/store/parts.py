@@ -15,6 +15,7 @@ from typing import Protocol
 from delve_ray.errors import DelveRayError
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
+from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import StoreConfig
 from delve_ray.writers.base import Scalar, WriterRun
 
@@ -26,6 +27,9 @@ WITHOUT_S = 600.0
 """A window that lacks the part of a shard for so long is published without it."""
 PAUSE_S = (0.02, 1.0)
 """First and longest pause between two questions whether a part is written."""
+
+REVISIONS_OF_A_LIFE = 1 << 20
+"""A window has fewer revisions than this before its shard is started anew."""
 
 UNKNOWN, PENDING, WRITTEN = "unknown", "pending", "written"
 
@@ -96,6 +100,15 @@ def shard_config(config: StoreConfig, shard: int) -> StoreConfig:
     )
 
 
+class ShardStore(CovarianceStore):
+    """The store of a shard, whose windows are named by revisions that no process before this one has used."""
+
+    def next_revision(self, attempt: int, ordinal: int) -> int:
+        """The first revision of a window: what was published before a restart may have had more, or less."""
+        lives = 0 if self.saver is None else self.saver.incarnation
+        return max(super().next_revision(attempt, ordinal), lives * REVISIONS_OF_A_LIFE)
+
+
 @dataclass(slots=True)
 class Parts:
     """What the shards have published of one window.
@@ -117,7 +130,7 @@ class Parts:
     def add(self, shard: int, part: PublishedWindow) -> None:
         """Note a shard's part, unless there is a newer one."""
         before = self.newest.get(shard)
-        if before is not None and before.revision >= part.revision:
+        if before is not None and (before.revision >= part.revision or (before.final and not part.final)):
             return
         self.newest[shard] = part
         self.shown = False
@@ -134,6 +147,6 @@ class Parts:
         if not self.fresh:
             return False
         waited = time.monotonic() - self.fresh_since
-        if not self.final(num_shards):
-            return not again and waited > WITHOUT_S
-        return not again or len(self.fresh) == num_shards or waited > TOGETHER_S
+        if again:
+            return len(self.fresh) == num_shards or waited > TOGETHER_S
+        return self.final(num_shards) or waited > WITHOUT_S

@@ -237,7 +237,7 @@ class Publisher:
             complete=job.complete,
         )
         if job.final:
-            self._announce(rows)
+            self.announce(rows)
             self._owner.announced(job)
         done = _Countdown(len(self.writers), partial(self._owner.written, job)) if job.final else None
         for writer in self.writers:
@@ -273,7 +273,7 @@ class Publisher:
             self._latest[key] = Latest(step, found.n, found.weight, found.mean, found.packed)
         return row
 
-    def _announce(self, rows: list[LayerRow]) -> None:
+    def announce(self, rows: Sequence[LayerRow]) -> None:
         """Make a final window's metrics the latest; phases without rows keep theirs."""
         metrics = window_metrics(rows)
         phases = {row.phase for row in rows}

@@ -109,7 +109,8 @@ class Saver:
         self.last_error: str | None = None
         self.damaged: list[str] = []
         self._store: Saved | None = None
-        self._incarnation = 0
+        self.incarnation = 0
+        """Lives of the store before this one, as far as its snapshots tell."""
         self._number = 0
         self._kept: list[_Snapshot] = []
         self._wanted = -1
@@ -131,7 +132,7 @@ class Saver:
         names = sorted(self.snapshots(), reverse=True)
         for folder in (FOLDER, "spectra", "covariances", "scalars"):  # the process before this one may have been killed
             self.storage.delete_temporaries(folder)
-        self._incarnation = max((int(name.split("-")[1]) + 1 for name in names), default=0)
+        self.incarnation = max((int(name.split("-")[1]) + 1 for name in names), default=0)
         for name in names:
             where = f"{self.storage.uri}/{FOLDER}/{name}"
             try:
@@ -265,7 +266,7 @@ class Saver:
             self._put(name, "window", {"entries": index}, cuts)
             self._store.parked(handle, version, name)
         frozen = self._store.freeze()
-        name = f"snapshot-{self._incarnation:06d}-{self._number:010d}.arrow"
+        name = f"snapshot-{self.incarnation:06d}-{self._number:010d}.arrow"
         self._put(name, "snapshot", frozen.header, frozen.cuts)
         self._number += 1
         with self._changed:
@@ -282,7 +283,7 @@ class Saver:
     def _check_alone(self) -> None:
         """Give way to a store that was started later: Ray has restarted this one's actor elsewhere."""
         newest = max(self.snapshots(), default="")
-        if newest and int(newest.split("-")[1]) > self._incarnation:
+        if newest and int(newest.split("-")[1]) > self.incarnation:
             raise _Replaced(f"a later store of this run has written {newest}")
 
     def snapshots(self) -> list[str]:

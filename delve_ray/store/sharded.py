@@ -18,10 +18,9 @@ import numpy as np
 from delve_ray.moments import F64
 from delve_ray.reservoir import packed_size
 from delve_ray.store.assignment import assign
-from delve_ray.store.core import CovarianceStore
 from delve_ray.store.door import refusal
 from delve_ray.store.front import FrontStore
-from delve_ray.store.parts import PartWriter, shard_config
+from delve_ray.store.parts import PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import (
     Ack,
     Delta,
@@ -161,7 +160,7 @@ class LocalShards(ShardedStore):
         for shard in range(config.num_shards):
             options = shard_config(config, shard)
             writer = PartWriter(shard, lambda: self.local_front)
-            self.local_shards.append(CovarianceStore(options, writers=[writer], saver=savers(options)))
+            self.local_shards.append(ShardStore(options, writers=[writer], saver=savers(options)))
         super().__init__(self.local_front, self.local_shards)
 
     @property

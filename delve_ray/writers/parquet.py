@@ -160,18 +160,19 @@ class ParquetWriter:
         self._storage.write_atomic(name, sink.getvalue())
 
 
-def spectra_file(attempt: int, window: int, revision: int) -> str:
-    """Where the spectra of a window's revision lie, below the savefile."""
-    return f"spectra/{_file_name(attempt, window, revision)}"
+def window_file(folder: str, attempt: int, window: int, revision: int) -> str:
+    """Where the spectra, covariances or embeddings of a window's revision lie, below the savefile."""
+    return f"{folder}/{_file_name(attempt, window, revision)}"
 
 
-def revisions(storage: Storage) -> dict[tuple[int, int], int]:
+def revisions(storage: Storage, folders: Sequence[str] = ("spectra", *_BESIDE)) -> dict[tuple[int, int], int]:
     """The highest revision on disk of every window, by (attempt, window), as the files' names tell it.
 
-    Files under other names are left out. Raises OSError when the storage does.
+    A crash may have left covariances without their spectra. Files under other names are left out. Raises OSError when
+    the storage does.
     """
     highest: dict[tuple[int, int], int] = {}
-    for folder in ("spectra", *_BESIDE):  # a crash may have left covariances without their spectra
+    for folder in folders:
         for attempt, window, revision in _listed(storage, folder):
             highest[attempt, window] = max(revision, highest.get((attempt, window), 0))
     return highest

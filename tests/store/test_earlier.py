@@ -1,0 +1,94 @@
+"""What a front before this one has written, read back from its files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from delve_ray.moments import Moments
+from delve_ray.reservoir import Reservoir
+from delve_ray.schema import PublishedWindow, window_metrics
+from delve_ray.storage import Storage
+from delve_ray.store.assignment import assign
+from delve_ray.store.earlier import Earlier, final_windows, read_parts
+from delve_ray.store.protocol import LayerInfo, StoreConfig
+from delve_ray.store.publishing import layer_row
+from delve_ray.store.window import Collected
+from delve_ray.writers.parquet import ParquetWriter
+
+LAYERS = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (6, 3, 9), strict=True)]
+
+
+def window(stats: tuple[str, ...] = ("trace", "alpha", "rankme", "cov", "embed"), **changes: Any) -> PublishedWindow:
+    rng = np.random.default_rng(0)
+    config = StoreConfig("r", "unused", 2, stats=stats, threshold=0.9, thresholds=(0.9, 0.99))
+    rows = []
+    for info in LAYERS:
+        for phase in ("train", "eval"):
+            values = rng.normal(size=(40, info.features or 0)) + 3
+            moments = Moments.from_rows(values)
+            found = Collected(40, 2, moments.mean, moments.packed(), 40.0)
+            sample = Reservoir(rng.random(5), values[:5], 1.0) if "embed" in stats else None
+            rows.append(layer_row(info, phase, found, config, sample))
+    first = PublishedWindow("r", 1, 4, 7, 3, True, 2, 2, datetime.now(UTC), rows, complete=True)
+    return replace(first, **changes)
+
+
+def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path) -> None:
+    storage, written = Storage(tmp_path), window()
+    ParquetWriter(storage).write(written)
+    (earlier,) = final_windows(storage, [(1, 4)])
+    assert earlier == Earlier(attempt=1, window=4, revision=3, step=7, complete=True)
+    parts = read_parts(storage, earlier, LAYERS, 2)
+    assigned = dict(zip("abc", assign(LAYERS, 2), strict=True))
+    found = {(row.layer, row.phase): row for part in parts.values() for row in part.rows}
+    assert set(parts) == {0, 1}
+    for shard, part in parts.items():
+        assert {row.layer for row in part.rows} == {name for name, where in assigned.items() if where == shard}
+        assert (part.revision, part.final, part.workers, part.complete, part.step) == (-1, True, 2, True, 7)
+    assert len(found) == len(written.rows) == 6
+    for row in written.rows:
+        same = found[row.layer, row.phase]
+        for name in ("eigenvalues", "mean", "covariance", "embedding"):
+            np.testing.assert_array_equal(getattr(same, name), getattr(row, name))
+        arrays = {"eigenvalues": row.eigenvalues, "mean": row.mean, "covariance": None, "embedding": None}
+        assert replace(same, **arrays) == replace(row, **arrays)
+    assert window_metrics(list(found.values())) == window_metrics(written.rows)
+
+
+def test_without_covariances_the_norm_of_the_mean_stays(tmp_path: Path) -> None:
+    storage, written = Storage(tmp_path), window(stats=("trace",))
+    ParquetWriter(storage).write(written)
+    (earlier,) = final_windows(storage, [(1, 4)])
+    rows = [row for part in read_parts(storage, earlier, LAYERS, 1).values() for row in part.rows]
+    assert [row.mean_norm for row in rows] == [row.mean_norm for row in written.rows]
+    assert {row.covariance is None and row.embedding is None for row in rows} == {True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "complete"),
+    [({"final": False}, None), ({"workers": 1}, False), ({}, True)],
+    ids=["live", "without a rank", "all ranks"],
+)
+def test_which_windows_are_final_and_complete(tmp_path: Path, changes: dict[str, Any], complete: bool | None) -> None:
+    ParquetWriter(Storage(tmp_path)).write(window(**changes))
+    found = list(final_windows(Storage(tmp_path), [(1, 4), (1, 5)]))
+    assert [earlier.complete for earlier in found] == ([] if complete is None else [complete])
+
+
+def test_what_a_crash_has_cut_off_is_not_complete(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    ParquetWriter(storage).write(window())
+    spectra = tmp_path / "spectra" / "000001-0000000004-000003.parquet"
+    kept = spectra.read_bytes()
+    ParquetWriter(storage).write(window(revision=4))
+    (tmp_path / "spectra" / "000001-0000000004-000004.parquet").unlink()
+    assert list(final_windows(storage, [(1, 4)])) == []
+    spectra.write_bytes(kept)
+    (earlier,) = final_windows(storage, [(1, 4)])
+    assert (earlier.revision, earlier.complete) == (3, False)
