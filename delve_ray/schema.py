@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 """Raised when a column changes its meaning; readers refuse a newer one by name. A new column does not raise it: it is
 null for the rows of files that were written without it, and readers of before leave it alone."""
 VERSION_KEY = b"delve_ray.schema_version"
+SHARDS_KEY = b"delve_ray.shards"
+"""In the metadata of spectra that shards have published: JSON of [shard, workers, complete] for each."""
 
 PHASES = ("train", "eval")
 
@@ -133,6 +135,8 @@ class PublishedWindow:
     trial_config: str | None = None
     complete: bool = False
     """Whether every rank has closed it, so that no correction is to be expected."""
+    shards: Mapping[int, tuple[int, bool]] = field(default_factory=dict)
+    """Of one whose rows come from several shards, `workers` and `complete` of each shard's part."""
 
 
 def _versioned(fields: Sequence[pa.Field]) -> pa.Schema:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from delve_ray.schema import EXTRA_STATS, F64, SCALAR_STATS, LayerRow, PublishedWindow
+from delve_ray.schema import EXTRA_STATS, F64, SCALAR_STATS, SHARDS_KEY, LayerRow, PublishedWindow
 from delve_ray.storage import Storage
 from delve_ray.store.assignment import assign
 from delve_ray.store.protocol import LayerInfo
@@ -35,7 +36,8 @@ _AS_THEY_ARE = (
 class Earlier:
     """A window that the files have as final: which one, at which revision, and whether that is all there is of it.
 
-    It is not where a rank had not closed it, or where a crash has left a newer revision's covariances alone.
+    It is not where a rank had not closed it, or where a crash has left a newer revision's covariances alone. `shards`
+    has `workers` and `complete` of each shard's part.
     """
 
     attempt: int
@@ -43,6 +45,7 @@ class Earlier:
     revision: int
     step: int
     complete: bool
+    shards: Mapping[int, tuple[int, bool]]
 
 
 def final_windows(storage: Storage, keys: Iterable[tuple[int, int]]) -> Iterator[Earlier]:
@@ -55,17 +58,21 @@ def final_windows(storage: Storage, keys: Iterable[tuple[int, int]]) -> Iterator
         if (attempt, window) not in newest:  # a crash has left covariances alone
             continue
         revision = newest[attempt, window]
-        columns = ["final", "workers", "world_size", "step"]
-        for row in _read(storage, window_file("spectra", attempt, window, revision), columns)[:1]:
+        with storage.open_input(window_file("spectra", attempt, window, revision)) as stream:
+            file = pq.ParquetFile(stream)
+            rows = file.read(["final", "workers", "world_size", "step"]).slice(0, 1).to_pylist()
+            said = json.loads((file.schema_arrow.metadata or {}).get(SHARDS_KEY, b"[]"))
+        for row in rows:
             if row["final"]:
                 complete = row["workers"] >= row["world_size"] and begun[attempt, window] == revision
-                yield Earlier(attempt, window, revision, row["step"], complete)
+                shards = {shard: (workers, closed) for shard, workers, closed in said}
+                yield Earlier(attempt, window, revision, row["step"], complete, shards)
 
 
 def read_parts(
     storage: Storage, earlier: Earlier, layers: Sequence[LayerInfo], num_shards: int
 ) -> dict[int, PublishedWindow]:
-    """A written window's part of each shard, by shard, with a revision below all that shards give.
+    """The parts that a written window was made of, by shard, with a revision below all that shards give.
 
     Of rows without a covariance the norm of the mean is known, but not the mean: it stands there as one number.
     Raises OSError or ArrowException where the files cannot be read.
@@ -76,22 +83,23 @@ def read_parts(
     points = _by_layer(_read_beside(storage, window_file("embeddings", *where)))
     assigned = {info.name: shard for info, shard in zip(layers, assign(layers, num_shards), strict=True)}
     parts = {}
-    for shard in range(num_shards):
+    for shard, (workers, complete) in earlier.shards.items():
         own = [row for row in rows if assigned[row["layer"]] == shard]
         parts[shard] = PublishedWindow(
-            **{name: rows[0][name] for name in ("run", "attempt", "step", "workers", "world_size", "wall_time")},
+            **{name: rows[0][name] for name in ("run", "attempt", "step", "world_size", "wall_time")},
+            workers=workers,
             window=earlier.window,
             revision=-1,
             final=True,
             rows=[_layer_row(row, matrices.get(_key(row)), points.get(_key(row))) for row in own],
-            complete=earlier.complete,
+            complete=complete,
         )
     return parts
 
 
-def _read(storage: Storage, name: str, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def _read(storage: Storage, name: str) -> list[dict[str, Any]]:
     with storage.open_input(name) as stream:
-        rows: list[dict[str, Any]] = pq.ParquetFile(stream).read(columns).to_pylist()
+        rows: list[dict[str, Any]] = pq.ParquetFile(stream).read().to_pylist()
     return rows
 
 

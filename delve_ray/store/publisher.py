@@ -235,6 +235,7 @@ class Publisher:
             trial=self.config.trial,
             trial_config=self.config.trial_config,
             complete=job.complete,
+            shards={shard: (part.workers, part.complete) for shard, part in (job.parts or {}).items()},
         )
         if job.final:
             self.announce(rows)

@@ -22,6 +22,7 @@ from delve_ray.schema import (
     INTEGER_STATS,
     SCALAR_STATS,
     SCALARS_SCHEMA,
+    SHARDS_KEY,
     SPECTRA_SCHEMA,
     LayerRow,
     PublishedWindow,
@@ -189,7 +190,11 @@ def spectra_table(window: PublishedWindow) -> pa.Table:
         [np.asarray(row.intrinsic_dimensionalities, np.int32) for row in rows]
     )
     columns["eigenvalues"] = _lists([np.asarray(row.eigenvalues, np.float64) for row in rows])
-    return _table(columns, SPECTRA_SCHEMA)
+    table = _table(columns, SPECTRA_SCHEMA)
+    if not window.shards:
+        return table
+    shards = json.dumps([[shard, *said] for shard, said in sorted(window.shards.items())])
+    return table.replace_schema_metadata({**table.schema.metadata, SHARDS_KEY: shards.encode()})
 
 
 def covariances_table(window: PublishedWindow, rows: Sequence[LayerRow]) -> pa.Table:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from delve_ray import read_covariances, read_spectra, shipping, waiting
 from delve_ray.moments import F64, Moments, unpack_triangle
 from delve_ray.schema import PHASES
 from delve_ray.storage import Data, Storage, _pieces
-from delve_ray.store import core, publisher, saving
+from delve_ray.store import core, parts, publisher, saving, writing
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Delta, LayerInfo, Source, StoreConfig
 from delve_ray.store.saving import FOLDER, Saver
@@ -150,10 +150,11 @@ def assert_published(savefile: str, truth: Truth, world_size: int) -> None:
     for key, row in table.items():
         rows = np.concatenate(truth[key])
         reference = two_pass_covariance(rows)
-        assert row["samples"] == len(rows), key
+        assert (key, row["samples"], row["revision"]) == (key, len(rows), row["revision"])
         assert covariance_error(unpack_triangle(row["covariance"], rows.shape[1]), reference) <= TOLERANCE, key
         assert np.allclose(row["mean"], rows.mean(0), rtol=1e-9, atol=1e-9), key
-        assert (row["workers"], row["world_size"], row["final"]) == (world_size, world_size, True), key
+        said = row["workers"], row["world_size"], row["final"]
+        assert (key, *said) == (key, world_size, world_size, True), row["revision"]
     spectra = {(row["phase"], row["step"], row["layer"]): row for row in read_spectra(savefile).to_pylist()}
     assert {key: (row["samples"], row["final"]) for key, row in spectra.items()} == {
         key: (row["samples"], True) for key, row in table.items()
@@ -175,6 +176,9 @@ def hasten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saving, "RETRY_S", (0.005, 0.02))
     monkeypatch.setattr(core, "SAVE_TIMEOUT_S", 0.5)
     monkeypatch.setattr(publisher, "_POLL_S", 0.005)
+    monkeypatch.setattr(parts, "TOGETHER_S", 0.05)
+    monkeypatch.setattr(parts, "PAUSE_S", (0.001, 0.02))
+    monkeypatch.setattr(writing, "RETRY_S", (0.01, 0.05))
     monkeypatch.setattr(shipping, "HEARTBEAT_S", 0.02)
     monkeypatch.setattr(shipping, "RETRY_S", (0.001, 0.01))
     monkeypatch.setattr(waiting, "_PAUSE_S", (0.002, 0.02))
@@ -275,6 +279,11 @@ class Life:
             running.submit([], end=True)
 
 
+def make_store(config: StoreConfig, storage: Storage, saver: Saver) -> CovarianceStore:
+    """A store with its files."""
+    return CovarianceStore(config, writers=[ParquetWriter(storage)], saver=saver, finish_timeout=20.0)
+
+
 @dataclass
 class Incarnations:
     """The store of one run through all its lives; whoever calls while there is none gets no answer."""
@@ -283,6 +292,7 @@ class Incarnations:
     random: random.Random
     failing: float = 0.0
     every: float = 0.01
+    make: Callable[[StoreConfig, MortalStorage, Saver], CovarianceStore] = make_store
     lives: int = 0
     restored: int = 0
     damaged: int = 0
@@ -292,12 +302,7 @@ class Incarnations:
     def start(self) -> None:
         """Begin the next life, as the actor's constructor does."""
         storage = MortalStorage(self.config.savefile, self.failing, self.random.getrandbits(32))
-        store = CovarianceStore(
-            self.config,
-            writers=[ParquetWriter(storage)],
-            saver=Saver(storage, self.every),
-            finish_timeout=20.0,
-        )
+        store = self.make(self.config, storage, Saver(storage, self.every))
         if self.lives:
             self.restored += store.restore()
             store.config = core.replace(store.config, resume=True)

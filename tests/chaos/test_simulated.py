@@ -42,6 +42,7 @@ from tests.chaos.harness import (
     source,
 )
 from tests.chaos.processes import times
+from tests.chaos.sharded import ShardedIncarnations
 
 WITHIN_S = 60.0
 """How long one simulated run may take on a busy machine."""
@@ -52,7 +53,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 class Network:
     """Calls on their way to the store, and answers on their way back; what arrives next is left to chance."""
 
-    store: Incarnations
+    store: Lives
     random: random.Random
     faulty: bool = True
     final: bool = False
@@ -160,7 +161,17 @@ class Rank:
         self.outbox.offer_all()
 
 
-def run_simulated(seed: int, savefile: str, folder: Path) -> Incarnations:
+Lives = Incarnations | ShardedIncarnations
+
+
+def lives_of(config: StoreConfig, rng: random.Random, num_shards: int, failing: float, every: float) -> Lives:
+    """A store that can be killed, with shards or without."""
+    if num_shards == 1:
+        return Incarnations(config, rng, failing=failing, every=every)
+    return ShardedIncarnations(config, rng, num_shards, failing=failing, every=every)
+
+
+def run_simulated(seed: int, savefile: str, folder: Path, num_shards: int = 1) -> Lives:
     """One run of two to four ranks, from its first row to the end; returns what became of its store."""
     rng = random.Random(seed)
     world = rng.randint(2, 4)
@@ -171,7 +182,8 @@ def run_simulated(seed: int, savefile: str, folder: Path) -> Incarnations:
         late_after=rng.choice((0.0, 0.01, 0.05)),
         snapshot_every=0.01,
     )
-    store = Incarnations(own, rng, failing=rng.choice((0.0, 0.0, 0.3)), every=rng.choice((0.002, 0.02, 0.5)))
+    failing, every = rng.choice((0.0, 0.0, 0.3)), rng.choice((0.002, 0.02, 0.5))
+    store = lives_of(own, rng, num_shards, failing, every)
     store.start()
     network, truth, scalars = Network(store, rng), Truth(), list[tuple[str, int, int, float]]()
     windows = rng.randint(2, 6)
@@ -210,6 +222,13 @@ def test_every_row_once_whatever_the_network_and_the_store_do(
 ) -> None:
     hasten(monkeypatch)
     run_simulated(seed, savefile, tmp_path / "spill")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(times(8)))
+def test_every_row_once_with_shards(seed: int, savefile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hasten(monkeypatch)
+    run_simulated(1000 + seed, savefile, tmp_path / "spill", num_shards=2 + seed % 2)
 
 
 def end_run(store: Incarnations, sent: int) -> None:
@@ -252,7 +271,7 @@ def test_a_window_is_published_over_what_the_killed_store_showed(dies_before: st
 class Unreliable(CovarianceStore):
     """The store as a worker reaches it: calls and answers get lost, come twice, or long after nobody waits for them."""
 
-    def __init__(self, store: Incarnations, seed: int) -> None:
+    def __init__(self, store: Lives, seed: int) -> None:
         self.incarnations, self.random = store, random.Random(seed)
 
     def _call(self, method: str, *args: Any, **options: Any) -> Any:
@@ -300,7 +319,7 @@ def make_model() -> nn.Sequential:
 class Trainer(threading.Thread):
     """One rank that trains, with a tracker as users have it; it keeps its rows itself."""
 
-    def __init__(self, rank: int, store: Incarnations, windows: int, seed: int, spill: Path) -> None:
+    def __init__(self, rank: int, store: Lives, windows: int, seed: int, spill: Path) -> None:
         super().__init__(name=f"rank-{rank}")
         self.rank, self.windows, self.random = rank, windows, random.Random(f"{seed} {rank}")
         self.unreliable = Unreliable(store, self.random.getrandbits(32))
@@ -343,9 +362,9 @@ class Trainer(threading.Thread):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(times(8)))
+@pytest.mark.parametrize(("seed", "num_shards"), [(seed, 1 + (seed % 4 == 3)) for seed in range(times(8))])
 def test_every_row_once_with_real_trackers(
-    seed: int, savefile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, num_shards: int, savefile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hasten(monkeypatch)
     SaturationTracker("unused", modules=make_model(), nosave=True).close()  # the first one takes its time
@@ -353,7 +372,7 @@ def test_every_row_once_with_real_trackers(
     world = rng.randint(2, 4)
     late, every = rng.choice((0.0, 0.02)), rng.choice((0.01, 0.2))
     own = config(savefile=savefile, world_size=world, publish_every=0.02, late_after=late, snapshot_every=every)
-    store = Incarnations(own, rng, failing=rng.choice((0.0, 0.2)), every=every)
+    store = lives_of(own, rng, num_shards, rng.choice((0.0, 0.2)), every)
     store.start()
     trainers = [Trainer(rank, store, 25, seed, tmp_path) for rank in range(world)]
     for trainer in trainers:

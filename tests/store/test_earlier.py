@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from delve_ray import read_spectra
 from delve_ray.moments import Moments
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import PublishedWindow, window_metrics
@@ -36,6 +37,7 @@ def window(stats: tuple[str, ...] = ("trace", "alpha", "rankme", "cov", "embed")
             sample = Reservoir(rng.random(5), values[:5], 1.0) if "embed" in stats else None
             rows.append(layer_row(info, phase, found, config, sample))
     first = PublishedWindow("r", 1, 4, 7, 3, True, 2, 2, datetime.now(UTC), rows, complete=True)
+    first = replace(first, shards=dict.fromkeys(range(2), (2, True)))
     return replace(first, **changes)
 
 
@@ -43,7 +45,9 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
     storage, written = Storage(tmp_path), window()
     ParquetWriter(storage).write(written)
     (earlier,) = final_windows(storage, [(1, 4)])
-    assert earlier == Earlier(attempt=1, window=4, revision=3, step=7, complete=True)
+    assert earlier == Earlier(
+        attempt=1, window=4, revision=3, step=7, complete=True, shards={0: (2, True), 1: (2, True)}
+    )
     parts = read_parts(storage, earlier, LAYERS, 2)
     assigned = dict(zip("abc", assign(LAYERS, 2), strict=True))
     found = {(row.layer, row.phase): row for part in parts.values() for row in part.rows}
@@ -62,7 +66,7 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
 
 
 def test_without_covariances_the_norm_of_the_mean_stays(tmp_path: Path) -> None:
-    storage, written = Storage(tmp_path), window(stats=("trace",))
+    storage, written = Storage(tmp_path), window(stats=("trace",), shards={0: (2, True)})
     ParquetWriter(storage).write(written)
     (earlier,) = final_windows(storage, [(1, 4)])
     rows = [row for part in read_parts(storage, earlier, LAYERS, 1).values() for row in part.rows]
@@ -79,6 +83,16 @@ def test_which_windows_are_final_and_complete(tmp_path: Path, changes: dict[str,
     ParquetWriter(Storage(tmp_path)).write(window(**changes))
     found = list(final_windows(Storage(tmp_path), [(1, 4), (1, 5)]))
     assert [earlier.complete for earlier in found] == ([] if complete is None else [complete])
+
+
+def test_each_shard_has_what_its_own_part_said(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    ParquetWriter(storage).write(window(workers=1, shards={1: (2, True), 0: (1, False)}))
+    (earlier,) = final_windows(storage, [(1, 4)])
+    parts = read_parts(storage, earlier, LAYERS, 2)
+    assert not earlier.complete
+    assert {shard: (part.workers, part.complete) for shard, part in parts.items()} == {0: (1, False), 1: (2, True)}
+    assert read_spectra(tmp_path).num_rows == 6
 
 
 def test_what_a_crash_has_cut_off_is_not_complete(tmp_path: Path) -> None:
