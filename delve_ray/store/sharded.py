@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from delve_ray.errors import UnknownSource
 from delve_ray.moments import F64
 from delve_ray.reservoir import packed_size
 from delve_ray.store.assignment import assign
@@ -78,6 +79,8 @@ class ShardedStore:
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """Merge a delta once, each shard its part."""
+        if not self._layers:
+            raise UnknownSource(f"rank {delta.source.rank} has not registered yet, which says what the shards have")
         try:
             pieces = self._cut(delta, buffer)
         except (LookupError, TypeError, ValueError) as error:
