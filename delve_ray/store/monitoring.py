@@ -94,11 +94,9 @@ class Monitor:
             self._metrics[f"delve_ray_{what}_seconds"].observe(max(float(seconds), 1e-9), self._tags(tags))
 
     def _show_ranks(self, ranks: Mapping[int, Mapping[str, Any]]) -> None:
-        first = max((rank["window"] for rank in ranks.values() if not rank["left"]), default=0)
         for number, rank in ranks.items():
             outbox = rank["outbox"]
-            behind = 0 if rank["left"] else first - rank["window"]
-            self._show("delve_ray_lag_windows", behind, rank=str(number))
+            self._show("delve_ray_lag_windows", rank["lag"], rank=str(number))
             self._show("delve_ray_silent_seconds", 0.0 if rank["left"] else rank["silent_s"], rank=str(number))
             waiting = outbox.get("memory_bytes", 0) + outbox.get("disk_bytes", 0)
             self._show("delve_ray_outbox_bytes", waiting, rank=str(number))
