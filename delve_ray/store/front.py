@@ -18,8 +18,10 @@ from delve_ray.store.attempt import Attempt
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.parts import PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
+from delve_ray.store.run_file import RunFile
 from delve_ray.store.state import State
 from delve_ray.store.window import Job, Window
+from delve_ray.writers.base import Writer
 from delve_ray.writers.parquet import spectra_file
 
 log = logging.getLogger(__name__)
@@ -42,8 +44,14 @@ class FrontStore(CovarianceStore):
         self._ended = False
         super().__init__(*args, **options)
 
-    def _open(self, config: StoreConfig, layers: Sequence[LayerInfo], state: State | None = None) -> None:
-        super()._open(config, layers, state)
+    def _open(
+        self,
+        config: StoreConfig,
+        layers: Sequence[LayerInfo],
+        state: State | None = None,
+        prepared: tuple[RunFile | None, Sequence[Writer]] | None = None,
+    ) -> None:
+        super()._open(config, layers, state, prepared)
         if (idle := config.num_shards - len(layers)) > 0:
             log.warning(
                 "run %s: num_shards=%d for %d layers: %d shards have nothing to do",
