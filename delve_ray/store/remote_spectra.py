@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -48,8 +49,10 @@ class RemoteSpectra:
     """
 
     def __init__(self, cores: int, device: str = "cuda") -> None:
-        self._local = threading.Semaphore(max(1, cores))
+        self._cores = max(1, cores)
+        self._here = 0
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)  # a place has become free, here or elsewhere
         self._running = 0
         self._free = 0
         self._looked = float("-inf")
@@ -66,23 +69,27 @@ class RemoteSpectra:
         self, layer: LayerInfo, phase: str, found: Collected, config: StoreConfig, sample: Reservoir | None = None
     ) -> LayerRow:
         """The row of a layer."""
-        row = None
-        if found.mean.size >= GPU_WIDE and self._take_gpu(config.spectra_gpus):
+        d = found.mean.size
+        if d >= GPU_WIDE and self._take_gpu(config.spectra_gpus):
             try:
                 row = self._on_gpu(layer, phase, found, config, sample)
             finally:
                 with self._lock:
                     self._on_gpus -= 1
-        if row is None and found.mean.size >= WIDE and self._take_place():
+            if row is not None:
+                return row
+        if self._take_place(wide=d >= WIDE):
             try:
                 row = self._elsewhere(layer, phase, found, config, sample)
             finally:
-                with self._lock:
-                    self._running -= 1
-        if row is not None:
-            return row
-        with self._local:
+                self._give_back(elsewhere=True)
+            if row is not None:
+                return row
+            self._take_place(wide=False)
+        try:
             return layer_row(layer, phase, found, config, sample)
+        finally:
+            self._give_back(elsewhere=False)
 
     def _take_gpu(self, most: int) -> bool:
         """Whether one more task may have a GPU, and finds one that nobody has."""
@@ -94,17 +101,30 @@ class RemoteSpectra:
             self._on_gpus += 1
             return True
 
-    def _take_place(self) -> bool:
-        """Whether one more task finds a free CPU."""
-        with self._lock:
-            if time.monotonic() - self._looked > LOOK_S:
-                self._looked = time.monotonic()
-                # What we have running is not free, and will be.
-                self._free = int(ray.available_resources().get("CPU", 0)) + self._running
-            if self._running >= min(self._free, MOST_TASKS):
-                return False
-            self._running += 1
-            return True
+    def _take_place(self, *, wide: bool) -> bool:
+        """Wait for a place: True for a wide layer that finds a free CPU elsewhere, False for one here."""
+        with self._changed:
+            while True:
+                if wide and self._finds_cpu():
+                    self._running += 1
+                    return True
+                if self._here < self._cores:
+                    self._here += 1
+                    return False
+                self._changed.wait(LOOK_S)
+
+    def _give_back(self, *, elsewhere: bool) -> None:
+        with self._changed:
+            self._running -= elsewhere
+            self._here -= not elsewhere
+            self._changed.notify_all()
+
+    def _finds_cpu(self) -> bool:
+        if time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            # What we have running is not free, and will be.
+            self._free = int(ray.available_resources().get("CPU", 0)) + self._running
+        return self._running < min(self._free, MOST_TASKS)
 
     def _elsewhere(
         self, layer: LayerInfo, phase: str, found: Collected, config: StoreConfig, sample: Reservoir | None
@@ -153,8 +173,7 @@ class RemoteSpectra:
         options = {"num_cpus": 1, "scheduling_strategy": "SPREAD", "max_retries": 0, **resources}
         reference = None
         try:
-            task: Any = ray.remote(function).options(**options)
-            reference = task.remote(layer, phase, found, plain, *more)
+            reference = _task(function).options(**options).remote(layer, phase, found, plain, *more)
             return ray.get(reference, timeout=WAIT_S)
         except (RayError, GetTimeoutError) as error:
             if isinstance(error, GetTimeoutError) and reference is not None:
@@ -169,6 +188,12 @@ class RemoteSpectra:
             self._told.add(kind)
         if not told:
             log.warning("%s", what)
+
+
+@lru_cache(maxsize=4)
+def _task(function: Callable[..., Any]) -> Any:
+    """A function as a task: Ray brings it to its workers once."""
+    return ray.remote(function)
 
 
 def _own(row: LayerRow) -> LayerRow:

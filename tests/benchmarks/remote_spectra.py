@@ -12,7 +12,9 @@ import argparse
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+import unittest.mock
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,25 +121,31 @@ def measure_set(widths: Sequence[int], windows: int) -> dict[str, Samples]:
     return found
 
 
-def measure_widths(calls: int) -> dict[int, dict[str, Samples]]:
-    """Seconds of one layer: decomposed here, by a task, and by a task that only takes it and gives its row's arrays."""
-    found: dict[int, dict[str, Samples]] = {}
-    floor, remote_spectra.WIDE = remote_spectra.WIDE, 1
-    compute = RemoteSpectra(1)
-    for d in WIDTHS:
-        mean, packed = moments(d)
-        layer, collected = LayerInfo("l", "Linear", d), Collected(2 * d, 0, mean, packed, 2.0 * d)
-        found[d] = alternate(
-            {
-                "here": lambda _, a=(layer, "train", collected, CONFIG): layer_row(*a),  # type: ignore[misc]
-                "task": lambda _, a=(layer, "train", collected, CONFIG): compute(*a),  # type: ignore[misc]
-            },
-            calls=calls,
-            block=1,
-            warmup=2,
-        )
+def measure_widths(calls: int) -> dict[int, dict[str, tuple[float, float]]]:
+    """Of one layer, medians of wall seconds and of CPU seconds of this process: decomposed "here", and by a "task".
+
+    "sent" is a task that takes the layer and does nothing.
+    """
+    found: dict[int, dict[str, tuple[float, float]]] = {}
+    compute, empty = RemoteSpectra(1), ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(lambda *_: None)
+    with unittest.mock.patch.object(remote_spectra, "WIDE", 1):
+        for d in WIDTHS:
+            mean, packed = moments(d)
+            work = LayerInfo("l", "Linear", d), "train", Collected(2 * d, 0, mean, packed, 2.0 * d), CONFIG
+            variants: dict[str, Callable[..., object]] = {
+                "here": layer_row,
+                "task": compute,
+                "sent": lambda *a: ray.get(empty.remote(*a)),
+            }
+            seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+            for call in range(calls + 2):
+                for name, variant in variants.items():
+                    wall, cpu = time.perf_counter(), time.process_time()
+                    variant(*work)
+                    if call >= 2:  # workers have started
+                        seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+            found[d] = {name: tuple(np.median(taken, axis=0)) for name, taken in seconds.items()}
     assert compute.sent == (calls + 2) * len(WIDTHS), "not all went to a task"
-    remote_spectra.WIDE = floor
     return found
 
 
@@ -223,12 +231,8 @@ def two_nodes() -> Iterator[None]:
     cluster.shutdown()
 
 
-def main() -> None:
-    """Measure, and print tables in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=7, help="windows per set")
-    windows: int = parser.parse_args().windows
-    print(f"WIDE = {publishing.WIDE}, {len(os.sched_getaffinity(0))} cores\n")
+def show_sets(windows: int) -> None:
+    """Print the table of sets of layers."""
     print("| Ray | layers | in place | with tasks | ratio | store's peak | with tasks | Ray's workers |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
     for where, cluster in (("1 node of 2 CPUs", local), ("2 nodes of 1 CPU", two_nodes)):
@@ -242,14 +246,31 @@ def main() -> None:
                 sizes = [f"{size / 2**20:.0f} MiB" for size in (alone, shared, workers)]
                 ratios = f"{change.value:.2f} ({change.low:.2f} to {change.high:.2f})"
                 print("|", " | ".join([where, what, *times, ratios, *sizes]), "|", flush=True)
-    print("\n| features | here | by a task | overhead | sent |\n| --- | --- | --- | --- | --- |", flush=True)
+
+
+def show_widths(calls: int) -> None:
+    """Print the table of single layers."""
+    print("| features | here | by a task | of that, taking it there | store's CPU, here | by a task | sent |")
+    print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
     with local():
-        for d, seconds in measure_widths(2 * windows + 1).items():
-            here, task = (median(seconds[name]).value for name in ("here", "task"))
-            sent = 8 * d * (d + 1) // 2 / 2**20
-            print(
-                f"| {d} | {1e3 * here:.1f} ms | {1e3 * task:.1f} ms | {1e3 * (task - here):.1f} ms | {sent:.1f} MiB |"
-            )
+        for d, seconds in measure_widths(calls).items():
+            times = [*(seconds[name][0] for name in ("here", "task", "sent")), seconds["here"][1], seconds["task"][1]]
+            cells = [str(d), *(f"{1e3 * value:.1f} ms" for value in times), f"{4 * d * (d + 1) / 2**20:.1f} MiB"]
+            print("|", " | ".join(cells), "|", flush=True)
+
+
+def main() -> None:
+    """Measure, and print tables in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=7, help="windows per set of layers; twice as many single layers")
+    parser.add_argument("--only", choices=("sets", "widths"), help="one table alone")
+    options = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(f"WIDE = {publishing.WIDE}, {len(os.sched_getaffinity(0))} cores, {load:.1f} processes run on them\n")
+    if options.only != "widths":
+        show_sets(options.windows)
+    if options.only != "sets":
+        show_widths(2 * options.windows)
 
 
 if __name__ == "__main__":

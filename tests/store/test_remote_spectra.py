@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,52 @@ def test_wide_layers_are_decomposed_elsewhere(ray_session: None, monkeypatch: py
         layer, (found, sample) = LayerInfo("a", "Linear", d), moments(d)
         same(compute(layer, "eval", found, OPTIONS, sample), layer_row(layer, "eval", found, OPTIONS, sample))
         assert compute.sent == sent
+
+
+def test_who_waits_takes_the_first_place_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One CPU elsewhere, one core here, three wide layers and a narrow one: each place is taken again at once."""
+    import ray
+
+    monkeypatch.setattr(remote_spectra, "WIDE", 64)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    begun, go_on = {place: threading.Semaphore(0) for place in ("here", "elsewhere")}, threading.Semaphore(0)
+    free_elsewhere = threading.Semaphore(0)
+
+    def here(layer: LayerInfo, *_: Any) -> str:
+        begun["here"].release()
+        assert go_on.acquire(timeout=30)
+        return f"{layer.name} here"
+
+    def elsewhere(_: RemoteSpectra, layer: LayerInfo, *__: Any) -> str:
+        begun["elsewhere"].release()
+        assert free_elsewhere.acquire(timeout=30)
+        return f"{layer.name} elsewhere"
+
+    monkeypatch.setattr(remote_spectra, "layer_row", here)
+    monkeypatch.setattr(RemoteSpectra, "_elsewhere", elsewhere)
+    compute, made = RemoteSpectra(1), []
+
+    def start(name: str, d: int) -> threading.Thread:
+        found = Collected(1, 0, np.zeros(d), np.zeros(0), 1.0)
+        layer = LayerInfo(name, "Linear", d)
+        thread = threading.Thread(target=lambda: made.append(compute(layer, "train", found, OPTIONS)))
+        thread.start()
+        return thread
+
+    threads = [start("a", 64)]
+    assert begun["elsewhere"].acquire(timeout=30)
+    threads.append(start("b", 64))
+    assert begun["here"].acquire(timeout=30)
+    threads += [start("narrow", 8), start("c", 64)]
+    free_elsewhere.release()
+    assert begun["elsewhere"].acquire(timeout=30), "c goes where a has been, though somebody waits for the core here"
+    go_on.release()
+    assert begun["here"].acquire(timeout=30)
+    go_on.release()
+    free_elsewhere.release()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(map(str, made)) == ["a elsewhere", "b here", "c elsewhere", "narrow here"]
 
 
 def test_without_a_free_cpu_nothing_is_sent(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
