@@ -122,8 +122,11 @@ class RemoteSpectra:
     def _finds_cpu(self) -> bool:
         if time.monotonic() - self._looked > LOOK_S:
             self._looked = time.monotonic()
+            # Ray counts nothing for the store's own threads: where there is one node, they take of what seems free.
+            alone = sum(bool(node["Alive"]) for node in ray.nodes()) == 1
+            free = int(ray.available_resources().get("CPU", 0)) - (self._cores if alone else 0)
             # What we have running is not free, and will be.
-            self._free = int(ray.available_resources().get("CPU", 0)) + self._running
+            self._free = free + self._running
         return self._running < min(self._free, MOST_TASKS)
 
     def _elsewhere(

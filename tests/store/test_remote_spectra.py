@@ -61,6 +61,7 @@ def test_who_waits_takes_the_first_place_that_is_free(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(remote_spectra, "WIDE", 64)
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
     begun, go_on = {place: threading.Semaphore(0) for place in ("here", "elsewhere")}, threading.Semaphore(0)
     free_elsewhere = threading.Semaphore(0)
 
@@ -110,6 +111,17 @@ def test_without_a_free_cpu_nothing_is_sent(ray_session: None, monkeypatch: pyte
     layer = LayerInfo("a", "Linear", 64)
     same(compute(layer, "train", found, OPTIONS, sample), layer_row(layer, "train", found, OPTIONS, sample))
     assert compute.sent == 0
+
+
+def test_on_one_node_the_stores_own_threads_are_not_free_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 5.0})
+    for nodes, places in (([True], 2), ([True, False], 2), ([True, True], 5)):
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: [{"Alive": alive} for alive in nodes])
+        compute = RemoteSpectra(3)
+        assert [compute._take_place(wide=True) for _ in range(places)] == [True] * places
+        assert not compute._take_place(wide=True), "the next one is decomposed here"
 
 
 def test_what_a_task_does_not_answer_the_store_computes(
