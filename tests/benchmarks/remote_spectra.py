@@ -215,20 +215,24 @@ def local() -> Iterator[None]:
         object_store_memory=OBJECT_STORE,
         logging_level="ERROR",
     )
-    yield
-    ray.shutdown()
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[None]:
     """Two nodes of one CPU each, on this machine."""
     cluster = Cluster()
-    for _ in range(2):
-        cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE, include_dashboard=False)
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
-    cluster.shutdown()
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE, include_dashboard=False)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
 
 
 def show_sets(windows: int) -> None:
