@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import uuid
 from collections.abc import Iterable
 from contextlib import suppress
@@ -14,16 +13,16 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 
 from delve_ray.errors import OptionError
+from delve_ray.savefiles import absolute as absolute
+from delve_ray.savefiles import check_savefile as check_savefile
+from delve_ray.savefiles import is_absolute as is_absolute
+from delve_ray.savefiles import is_uri
+from delve_ray.savefiles import masked as masked
+from delve_ray.savefiles import uri_of as uri_of
 
 Data: TypeAlias = "bytes | pa.Buffer | Iterable[bytes | pa.Buffer]"
 """What a file is written from: bytes, or pieces that are written one after the other."""
 
-_URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_COLLAPSED = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-_PASSWORD = re.compile(r"(://[^/@:]*):(?:[^/@]*|(?![0-9]+/)[^@?]*)@")
-"""Also one with a slash in it, which no URI may have, but not what follows a port."""
-_SCHEMES = {"s3": ("s3",), "gcs": ("gs",), "hdfs": ("hdfs",), "abfs": ("abfs", "abfss")}
-"""Of the filesystems that pyarrow opens by URI, by pyarrow's own name."""
 _FLAT = ("s3", "gcs")
 """Filesystems without directories: a file needs none, and a request for each part of its path would be for nothing."""
 _HIDDEN = (".", "_")
@@ -39,55 +38,6 @@ _S3_TEXTS = frozenset({"region", "scheme", "endpoint_override", "tls_ca_file_pat
 _S3_FLAGS = frozenset({"allow_bucket_creation", "allow_bucket_deletion", "check_directory_existence_before_creation"})
 _READS = 5
 """How often a file is read anew that was replaced while it was read."""
-
-
-def check_savefile(savefile: object) -> str:
-    """A savefile as text: a path, with `~` for the home directory, or a URI. Raises OptionError for anything else."""
-    if not isinstance(savefile, str | os.PathLike) or not os.fspath(savefile):
-        raise OptionError(f"savefile={savefile!r}: expected a local path or a URI such as s3://bucket/run")
-    text = os.fsdecode(savefile)
-    if _URI.match(text):
-        return text
-    if _COLLAPSED.match(text):
-        raise OptionError(
-            f"savefile={savefile!r} looks like a URI that lost a slash; give URIs as strings, not as paths"
-        )
-    return os.path.expanduser(text)
-
-
-def absolute(savefile: str) -> str:
-    """A checked savefile, made absolute where it is a path."""
-    return savefile if _URI.match(savefile) else os.path.abspath(savefile)
-
-
-def is_absolute(savefile: str) -> bool:
-    """Whether a checked savefile means the same directory wherever it is read."""
-    return bool(_URI.match(savefile)) or os.path.isabs(savefile)
-
-
-def uri_of(filesystem: pafs.FileSystem, path: str) -> str | None:
-    """What opens `path` on `filesystem` in any process: a local path, or a URI; None where no URI says it all.
-
-    >>> uri_of(pafs.LocalFileSystem(), "/runs/a")
-    '/runs/a'
-    """
-    if isinstance(filesystem, pafs.LocalFileSystem):
-        return os.path.abspath(path)
-    for scheme in _SCHEMES.get(filesystem.type_name, ()):
-        uri = f"{scheme}://{path}"
-        with suppress(OSError, ValueError, pa.ArrowException):
-            if pafs.FileSystem.from_uri(uri)[0].equals(filesystem):  # region, endpoint and keys, too
-                return uri
-    return None
-
-
-def masked(savefile: str) -> str:
-    """A savefile for files and messages: without the password that a URI may hold.
-
-    >>> masked("s3://key:secret@bucket/run")
-    's3://key:***@bucket/run'
-    """
-    return _PASSWORD.sub(r"\1:***@", savefile)
 
 
 class Storage:
@@ -116,7 +66,7 @@ class Storage:
         self._text = text if filesystem is None else None
         if filesystem is not None:
             self._filesystem, self._root = filesystem, text.rstrip("/") or text
-        elif _URI.match(text):
+        elif is_uri(text):
             self._filesystem, self._root = self._open_uri(text)
         else:
             self._filesystem, self._root = pafs.LocalFileSystem(), text

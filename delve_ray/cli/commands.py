@@ -232,11 +232,21 @@ def status(
         ),
     ] = None,
     json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Refresh until the run ends, or Ctrl-C.")] = False,
+    interval: Annotated[
+        float, typer.Option("--interval", "-n", metavar="SECONDS", help="Time between two refreshes, with --watch.")
+    ] = 2.0,
 ) -> int:
     """Ask the store of a run in a Ray cluster how it is: ranks, windows, writers, what is wrong.
 
-    Without a cluster, or a store in it, say what run.json says: whether the run has ended, when, and why.
+    Without a cluster, or a store in it, say what run.json says: whether the run has ended, when, and why. With --watch,
+    in place on a terminal; elsewhere a line per refresh; with --json an object per line. A store that is being started
+    anew is waited for. The exit code is 0 once the run has ended.
     """
+    if watch:
+        from delve_ray.cli.watch import watch_status
+
+        return watch_status(run, address, json, interval)
     from delve_ray.cli.status import show_status
 
     return show_status(run, address, json)

@@ -78,7 +78,19 @@ def show_json(rows: Iterable[Mapping[str, Any]]) -> None:
 
 def json_text(rows: Iterable[Mapping[str, Any]]) -> str:
     """A list of objects as JSON, in which no character steers a terminal."""
-    text = json.dumps([json_row(row) for row in rows], indent=2, allow_nan=False, ensure_ascii=False)
+    return _harmless(json.dumps([json_row(row) for row in rows], indent=2, allow_nan=False, ensure_ascii=False))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One object as JSON on one line, otherwise as `json_text`.
+
+    >>> json_line({"lag": 0, "waits_s": float("inf")})
+    '{"lag": 0, "waits_s": null}'
+    """
+    return _harmless(json.dumps(json_row(row), allow_nan=False, ensure_ascii=False))
+
+
+def _harmless(text: str) -> str:
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 

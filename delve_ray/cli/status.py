@@ -19,44 +19,58 @@ _STYLES = {r"^run .*": "bold", r"^problem: .*": "yellow"}
 
 def show_status(run: str, address: str | None, as_json: bool) -> int:
     """Print what the store says, or else what run.json says; 2 where neither says anything."""
-    content = _run_json(run)
+    content = run_json(run)
     name = str(content.get("run", run)) if content else run
     state: dict[str, Any] | None = None
     trouble: str | None = None
     if address:
         try:
-            state = _ask(name, address)
+            with cluster(address) as answer:
+                state = ask(name, answer)
         except DelveRayError as error:
             trouble = str(error)
     if state is None and not content:
-        why = trouble or "give --address or set RAY_ADDRESS to ask for the store of a run by its name"
-        raise ReadError(f"{run}: no run.json there; {why}")
+        raise nothing_there(run, trouble)
     if as_json:
-        show_json([_summary(name, content, state)])
+        show_json([summary(name, content, state)])
     else:
-        show("\n".join(_running(state) if state is not None else _described(name, content, trouble)), _STYLES)
+        show("\n".join(_running(state) if state is not None else described_run(name, content, trouble)), _STYLES)
     # A run that has ended has no store any more, and that is no trouble.
     return fail(trouble) if trouble is not None and not content.get("end") else 0
 
 
-def _run_json(run: str) -> Mapping[str, Any]:
+class NoStore(StoreError):
+    """A run has no store in the cluster: it has ended, or it is not of this cluster."""
+
+
+def nothing_there(run: str, trouble: str | None) -> ReadError:
+    """Neither run.json nor a store says anything."""
+    why = trouble or "give --address or set RAY_ADDRESS to ask for the store of a run by its name"
+    return ReadError(f"{run}: no run.json there; {why}")
+
+
+def run_json(run: str) -> Mapping[str, Any]:
+    """What run.json says; empty where there is none, or `run` is a name."""
     try:
         return described(Storage(run))
     except OptionError:
         return {}
 
 
-def _ask(name: str, address: str) -> dict[str, Any]:
-    """What the store of a run says. Raises StoreError."""
+def ask(name: str, answer: Callable[[Any], Any]) -> dict[str, Any]:
+    """What the store of a run says. Raises StoreError: `NoStore` where there is none, others where none answers."""
     import delve_ray
 
-    with _cluster(address) as answer:
-        state: dict[str, Any] = answer(delve_ray.get_store(name).status.remote())
-        return state
+    try:
+        handle = delve_ray.get_store(name)
+    except StoreError as error:
+        raise NoStore(str(error)) from error
+    state: dict[str, Any] = answer(handle.status.remote())
+    return state
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[Callable[[Any], Any]]:
+def cluster(address: str) -> Iterator[Callable[[Any], Any]]:
     """A connection to a Ray cluster, and what waits for an answer from it. Raises StoreError."""
     if address == "local":
         raise OptionError("--address local would start a new cluster, in which there is no store; give the run's")
@@ -75,7 +89,9 @@ def _cluster(address: str) -> Iterator[Callable[[Any], Any]]:
         try:
             return ray.get(reference, timeout=ANSWER_S)
         except Exception as error:
-            raise StoreError(f"the store does not answer ({type(error).__name__})") from error
+            cause = getattr(error, "cause", None)  # what the store itself has raised
+            why = cause if isinstance(cause, DelveRayError) else type(error).__name__
+            raise StoreError(f"the store does not answer ({why})") from error
 
     try:
         yield answer
@@ -84,7 +100,8 @@ def _cluster(address: str) -> Iterator[Callable[[Any], Any]]:
             ray.shutdown()
 
 
-def _summary(name: str, content: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[str, Any]:
+def summary(name: str, content: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One object of --json."""
     options = content.get("options") or {}
     return {
         "run": name,
@@ -98,7 +115,7 @@ def _summary(name: str, content: Mapping[str, Any], state: Mapping[str, Any] | N
     }
 
 
-def _described(name: str, content: Mapping[str, Any], trouble: str | None) -> list[str]:
+def described_run(name: str, content: Mapping[str, Any], trouble: str | None) -> list[str]:
     """What run.json says."""
     attempts, end = content.get("attempts") or [], content.get("end")
     many = "1 attempt" if len(attempts) == 1 else f"{len(attempts)} attempts"
@@ -124,7 +141,7 @@ def _running(state: Mapping[str, Any]) -> list[str]:
         f"run {printable(str(state.get('run')))}: {word}",
         f"savefile {printable(str(state.get('savefile')))}",
         f"attempt {state.get('attempt')}; {joined}",
-        f"windows: {state.get('published', 0)} published, {len(windows)} open; {_mib(state.get('bytes', 0))} in memory",
+        f"windows: {state.get('published', 0)} published, {len(windows)} open; {mib(state.get('bytes', 0))} in memory",
     ]
     if ranks:
         lines += ["", f"{'rank':>4} {'window':>7} {'deltas':>7} {'silent':>8}  process"]
@@ -143,5 +160,10 @@ def _running(state: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _mib(size: float) -> str:
+def mib(size: float) -> str:
+    """Bytes for people.
+
+    >>> mib(3 << 19)
+    '1.5 MiB'
+    """
     return f"{size / 2**20:.1f} MiB"

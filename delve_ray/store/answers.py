@@ -10,7 +10,11 @@ from delve_ray.storage import masked
 from delve_ray.store.publisher import Latest
 
 if TYPE_CHECKING:
+    from delve_ray.store.attempt import Attempt
     from delve_ray.store.core import CovarianceStore
+
+MOST_WINDOWS = 16
+"""Open windows of which a status tells more than the number, the oldest ones."""
 
 
 def find_latest(store: CovarianceStore, layer: str, phase: str) -> Latest:
@@ -45,6 +49,7 @@ def status(store: CovarianceStore) -> dict[str, Any]:
         "world_size": store.config.world_size if current is None else current.world_size,
         "ranks": {},
         "open_windows": [],
+        "windows": [],
         "waiting_windows": sum(window.published for window in windows),
         "parked_windows": sum(window.parked is not None for window in windows),
         **{name: count for name, count in store.counts.items() if name != "bytes"},
@@ -56,10 +61,13 @@ def status(store: CovarianceStore) -> dict[str, Any]:
     if current is not None:
         state["open_windows"] = sorted(ordinal for ordinal, w in current.windows.items() if not w.published)
         state["published"] = current.published
+        state["windows"] = _open_windows(current, now)
+        first = max((member.next_window for member in current.members.values() if not member.left), default=0)
         for rank, member in sorted(current.members.items()):
             state["ranks"][rank] = {
                 "deltas": member.next_seq,
                 "window": member.next_window,
+                "lag": 0 if member.left else first - member.next_window,
                 "silent_s": now - member.heard,
                 "left": member.left,
                 "host": member.source.host,
@@ -75,3 +83,17 @@ def status(store: CovarianceStore) -> dict[str, Any]:
         state["writers"] = [writer.status() for writer in store.publisher.writers]
         state["finished"] = store.publisher.finished.is_set()
     return state
+
+
+def _open_windows(attempt: Attempt, now: float) -> list[dict[str, Any]]:
+    """The oldest open windows: who has not closed each, and how long it waits since the first rank has."""
+    open_windows = [(ordinal, window) for ordinal, window in sorted(attempt.windows.items()) if not window.published]
+    return [
+        {
+            "window": ordinal,
+            "step": window.step,
+            "missing": list(attempt.missing(ordinal)),
+            "waits_s": 0.0 if window.first_closed is None else now - window.first_closed,
+        }
+        for ordinal, window in open_windows[:MOST_WINDOWS]
+    ]

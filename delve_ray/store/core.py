@@ -72,6 +72,8 @@ class CovarianceStore(WindowStore):
         if held is not None:
             check_held(held)
         with self._lock:
+            while self._opening:
+                self._changed.wait()
             current = self.attempts[-1] if self.attempts else None
             known = current.members.get(source.rank) if current is not None else None
             if self.ending is None and current is not None and known is not None and known.source == source:
@@ -84,7 +86,7 @@ class CovarianceStore(WindowStore):
                 own = replace(
                     own, trial=own.trial or config.trial, trial_config=own.trial_config or config.trial_config
                 )
-                self._open(own, layers)
+                self._open_first(own, layers)
                 current = self.attempts[-1] if self.attempts else None
             begins = current is None or current.token != source.token
             if current is None or begins:
@@ -367,7 +369,7 @@ class CovarianceStore(WindowStore):
     def abandon(self) -> bool:
         """End the run if nobody has ever joined it; whether it has ended."""
         with self._lock:
-            if self.publisher is None:
+            if self.publisher is None and not self._opening:
                 self.ending = "nobody joined it"
             return self.ending is not None
 

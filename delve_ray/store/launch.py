@@ -24,6 +24,7 @@ def start_store(
     save_to: SaveTo = ("parquet", "tensorboard"),
     writer_args: Mapping[str, Any] | None = None,
     num_shards: int | str = 1,
+    spectra_gpus: int = 0,
     stats: Sequence[str] | str | None = None,
     sat_threshold: float | Sequence[float] = 0.99,
     embed_rows: int = EMBED_ROWS,
@@ -46,7 +47,8 @@ def start_store(
     is published and ended. 0 is never. Every `snapshot_every` seconds the store saves what workers need not keep.
 
     With `num_shards` above 1 so many more actors share the layers' moments, spread over the nodes; "auto" is one for
-    each node, at most 8. The files and the answers are the same.
+    each node, at most 8. The files and the answers are the same. Up to `spectra_gpus` GPUs that are free at that moment
+    decompose layers of 4096 features and more, in float64; with 0, the default, no GPU is ever taken from a training.
 
     Raises OptionError for an option that cannot be used.
     """
@@ -65,6 +67,7 @@ def start_store(
         threshold=thresholds[0],
         thresholds=thresholds if len(thresholds) > 1 else (),
         num_shards=check_shards(num_shards),
+        spectra_gpus=check_integer("spectra_gpus", spectra_gpus, at_least=0),
         embed_rows=embed_rows,
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=PRODUCT_EPS[precision],

@@ -19,6 +19,10 @@ EVERY_S = 5.0
 """Seconds between two updates; Ray itself exports every ten."""
 MAX_LAYERS = 64
 """Layers whose saturation is shown; of more, so many are taken evenly over the depth of the network."""
+MAX_RANKS = 256
+"""Ranks that are shown; of more, so many evenly, and under `rank="max"` the largest value of all."""
+LEAST = 5e-324
+"""The least number above zero: added to a counter it changes no sum."""
 SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 """Boundaries of the histograms."""
 
@@ -50,38 +54,43 @@ METRICS = (
     Metric("delve_ray_publish_seconds", "histogram", "Time to turn a window into rows"),
     Metric("delve_ray_write_seconds", "histogram", "Time to write a window or a list of scalars", ("writer",)),
 )
+_RANK_METRICS = tuple(metric.name for metric in METRICS if metric.tags == ("rank",))
 _COUNTS = ("deltas", "bytes", "refused", "repeated", "late")
 
 
 class Monitor:
     """Keeps Ray's metrics up to date with a store.
 
-    `make` makes the object of a metric, with Ray's methods inc, set and observe; by default those of ray.util.metrics.
+    `make` makes the object of a metric, with Ray's methods inc, set and observe, and for a counter `begin`, which
+    exports it as zero; by default those of ray.util.metrics.
     """
 
     def __init__(self, store: CovarianceStore, make: Callable[[Metric], Any] | None = None) -> None:
         self._store = store
         self._metrics = {metric.name: (make or _of_ray)(metric) for metric in METRICS}
         self._told: dict[str, int] = {}
+        self._ranks: set[str] = set()
 
     def start(self, ended: threading.Event) -> None:
         """Update on a thread of its own until `ended` is set."""
         threading.Thread(target=self._run, args=(ended,), name="delve_ray-monitor", daemon=True).start()
 
     def _run(self, ended: threading.Event) -> None:
-        while not ended.wait(EVERY_S):
+        while True:
             try:
                 self.update()
             except Exception:  # who watches must not stop what is watched
                 log.exception("run %s: its metrics could not be updated", self._store.config.run)
+            if ended.wait(EVERY_S):
+                return
 
     def update(self) -> None:
         """Bring all metrics up to date."""
+        for name in _COUNTS:
+            self._count(f"delve_ray_{name}_total", self._store.counts[name])
         if not self._store.joined:
             return
         status = self._store.status()
-        for name in _COUNTS:
-            self._count(f"delve_ray_{name}_total", self._store.counts[name])
         for writer in status["writers"]:
             dropped = int(writer["dropped"]) + int(writer["failed"])
             self._count("delve_ray_dropped_total", dropped, writer=str(writer["name"]))
@@ -94,14 +103,19 @@ class Monitor:
             self._metrics[f"delve_ray_{what}_seconds"].observe(max(float(seconds), 1e-9), self._tags(tags))
 
     def _show_ranks(self, ranks: Mapping[int, Mapping[str, Any]]) -> None:
-        first = max((rank["window"] for rank in ranks.values() if not rank["left"]), default=0)
-        for number, rank in ranks.items():
-            outbox = rank["outbox"]
-            behind = 0 if rank["left"] else first - rank["window"]
-            self._show("delve_ray_lag_windows", behind, rank=str(number))
-            self._show("delve_ray_silent_seconds", 0.0 if rank["left"] else rank["silent_s"], rank=str(number))
-            waiting = outbox.get("memory_bytes", 0) + outbox.get("disk_bytes", 0)
-            self._show("delve_ray_outbox_bytes", waiting, rank=str(number))
+        values = {str(number): _rank_values(rank) for number, rank in ranks.items()}
+        shown = list(values)
+        if len(values) > MAX_RANKS:
+            shown = [shown[index * len(values) // MAX_RANKS] for index in range(MAX_RANKS)]
+            values["max"] = {name: max(told[name] for told in values.values()) for name in _RANK_METRICS}
+            shown.append("max")
+        for rank in shown:
+            for name, value in values[rank].items():
+                self._show(name, value, rank=rank)
+        for rank in self._ranks.difference(shown):  # of an attempt with more ranks: Ray would keep their last values
+            for name in _RANK_METRICS:
+                self._show(name, 0.0, rank=rank)
+        self._ranks.update(shown)
 
     def _show_saturations(self, metrics: Mapping[str, float]) -> None:
         layers = [info.name for info in self._store.layers]
@@ -117,7 +131,10 @@ class Monitor:
     def _count(self, name: str, total: int, **tags: str) -> None:
         """Raise a counter to a total."""
         key = name + "".join(tags.values())
-        if more := total - self._told.get(key, 0):
+        if key not in self._told:
+            self._metrics[name].begin(self._tags(tags))
+            self._told[key] = 0
+        if more := total - self._told[key]:
             self._metrics[name].inc(float(more), self._tags(tags))
             self._told[key] = total
 
@@ -125,9 +142,39 @@ class Monitor:
         return {"run": self._store.config.run, **tags}
 
 
+def _rank_values(rank: Mapping[str, Any]) -> dict[str, float]:
+    outbox = rank["outbox"]
+    return {
+        "delve_ray_lag_windows": float(rank["lag"]),
+        "delve_ray_silent_seconds": 0.0 if rank["left"] else float(rank["silent_s"]),
+        "delve_ray_outbox_bytes": float(outbox.get("memory_bytes", 0) + outbox.get("disk_bytes", 0)),
+    }
+
+
+class _Counter:
+    """A counter of Ray's that is there before the first event.
+
+    Without, Prometheus sees it first at that event's count, and counts an increase of nothing. Ray's `inc` refuses
+    zero, and what is behind it takes it.
+    """
+
+    def __init__(self, counter: Any) -> None:
+        self._counter = counter
+        self.inc = counter.inc
+
+    def begin(self, tags: Mapping[str, str]) -> None:
+        """Export zero."""
+        record = getattr(self._counter, "_record", None)
+        if record is None:  # Ray's own, which a version of it may not have
+            self._counter.inc(LEAST, tags)
+        else:
+            record(0.0, tags)
+
+
 def _of_ray(metric: Metric) -> Any:
     from ray.util import metrics
 
     kinds: dict[str, Any] = {"counter": metrics.Counter, "gauge": metrics.Gauge, "histogram": metrics.Histogram}
     more = {"boundaries": SECONDS} if metric.kind == "histogram" else {}
-    return kinds[metric.kind](metric.name, description=metric.description, tag_keys=("run", *metric.tags), **more)
+    made = kinds[metric.kind](metric.name, description=metric.description, tag_keys=("run", *metric.tags), **more)
+    return _Counter(made) if metric.kind == "counter" else made

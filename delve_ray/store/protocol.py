@@ -43,6 +43,7 @@ class StoreConfig:
         stats: canonical long names, "cov" for covariances, "embed" for embeddings.
         num_shards: stores that share the layers, behind one that has the files; 1 is one store alone, 0 as many as
             suit the cluster.
+        spectra_gpus: GPUs that decompositions may take at a time where the cluster has free ones; 0 for none.
         embed_rows: rows of each layer and phase that a window's embedding has at most.
         threshold: δ of the intrinsic dimensionality.
         thresholds: all δ where there are several, `threshold` first; empty where there is only that one.
@@ -83,6 +84,7 @@ class StoreConfig:
     trial_config: str | None = None
     num_shards: int = 1
     embed_rows: int = EMBED_ROWS
+    spectra_gpus: int = 0
     gone_after: float = 0.0
     lingers: float = 0.0
     model: Mapping[str, int] = field(default_factory=dict)
@@ -99,6 +101,7 @@ class StoreConfig:
             raise OptionError(f"threshold={self.threshold} is not the first of thresholds={self.thresholds}")
         check_integer("num_shards", self.num_shards, at_least=AUTO_SHARDS)
         check_integer("embed_rows", self.embed_rows, at_least=1)
+        check_integer("spectra_gpus", self.spectra_gpus, at_least=0)
         check_seconds("publish_every", self.publish_every)
         check_seconds("silent_after", self.silent_after)
         check_seconds("late_after", self.late_after)

@@ -120,7 +120,8 @@ class Publisher:
         self._owner = owner
         self._compute = compute
         # One core is for what comes in; who waits for others takes none.
-        self._crew = Crew(max(1, cores - 1) + elsewhere, "delve_ray-spectrum")
+        self._own_threads = max(1, cores - 1)
+        self._crew = Crew(self._own_threads + elsewhere, "delve_ray-spectrum")
         self._elsewhere = elsewhere
         self._finish_timeout = finish_timeout
         self._jobs: deque[Job] = deque()
@@ -248,9 +249,10 @@ class Publisher:
         """A window's rows, in the order of the layers; the widest are decomposed first, several at a time."""
         widest_first = sorted(entries, key=lambda key: (-entries[key].features, key))
         largest = max((entry.features for entry in entries.values()), default=1)
+        fitting = max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2))
         found = self._crew.run(
             [partial(self._row, step, key, entries[key]) for key in widest_first],
-            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2)) + self._others(entries, largest),
+            threads=min(self._own_threads, fitting) + self._others(entries, largest),
         )
         rows = dict(zip(widest_first, found, strict=True))
         return [row for key in sorted(rows) if (row := rows[key]) is not None]

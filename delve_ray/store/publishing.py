@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from delve_ray import reservoir, spectrum
-from delve_ray.moments import packed_diagonal, unpack_triangle
+from delve_ray.moments import F64, packed_diagonal, unpack_triangle
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow
 from delve_ray.stat_options import COVARIANCE_STAT
@@ -15,19 +15,25 @@ from delve_ray.store.window import Collected, Cut
 
 
 def layer_row(
-    layer: LayerInfo, phase: str, found: Collected, config: StoreConfig, sample: Reservoir | None = None
+    layer: LayerInfo,
+    phase: str,
+    found: Collected,
+    config: StoreConfig,
+    sample: Reservoir | None = None,
+    eigenvalues: Callable[[F64], F64] | None = None,
 ) -> LayerRow:
     """The published row of one layer: one decomposition, shared by all statistics but those of other matrices.
 
     With no observations (all rows were non-finite) the spectrum is zero. The embedding of a sample of rows takes a
-    decomposition of its own, with vectors, so that the eigenvalues are the same with it and without.
+    decomposition of its own, with vectors, so that the eigenvalues are the same with it and without. `eigenvalues`
+    decomposes the covariance, of which only the upper triangle is right, instead of LAPACK.
     """
     n, mean = found.n, found.mean
     weight = found.weight or 1.0
     matrix = unpack_triangle(found.packed, mean.size, symmetric=False, divisor=weight)
-    eigenvalues = spectrum.eigenvalues(matrix)
+    decomposed = (eigenvalues or spectrum.eigenvalues)(matrix)
     statistics = spectrum.statistics(
-        eigenvalues,
+        decomposed,
         trace=float((packed_diagonal(found.packed, mean.size) / weight).sum()),
         samples=n,
         threshold=config.threshold,
@@ -46,7 +52,7 @@ def layer_row(
         nonfinite_rows=found.nonfinite,
         threshold=config.threshold,
         stats=statistics.values,
-        eigenvalues=eigenvalues,
+        eigenvalues=decomposed,
         mean=mean.copy(),
         covariance=found.packed / weight if COVARIANCE_STAT in config.stats else None,
         embedding=None if sample is None else reservoir.embed(sample.rows, mean, matrix),

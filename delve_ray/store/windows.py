@@ -59,8 +59,7 @@ class WindowStore:
         elsewhere: int = 0,
     ) -> None:
         self.config = config
-        self._compute, self._elsewhere = compute, elsewhere
-        self._cores = cores
+        self._compute, self._elsewhere, self._cores = compute, elsewhere, cores
         self.layers: list[LayerInfo] = []
         self.attempts: list[Attempt] = []  # the current one last, and the one before it
         self.tokens: list[str | None] = []  # of all attempts, by number; None of one that nobody knows
@@ -75,9 +74,9 @@ class WindowStore:
         self._run_file: RunFile | None = None
         self._on_disk: dict[tuple[int, int], int] = {}  # revisions that were there before this store
         self._scalars: dict[tuple[str, int], tuple[Scalar, ...]] = {}  # not written yet, by source and sequence number
-        self._version = 0
-        self._merging = 0
+        self._version = self._merging = 0
         self._freezing = False
+        self._opening = False  # the writers, for the first worker
         self._next_live = time.monotonic() + config.publish_every
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
@@ -86,24 +85,33 @@ class WindowStore:
 
     # --- begin and go on ---------------------------------------------------------------------------------------
 
-    def _open(self, config: StoreConfig, layers: Sequence[LayerInfo], state: State | None = None) -> None:
-        """Prepare the savefile and start publishing, from a state if there is one; on an error nothing is started."""
-        run_file, writers = registration.prepare(config, layers, self._given_writers, later=state is not None)
+    def _open_first(self, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
+        """`_open`, called with the lock held once; it is free while the writers open, which may take long."""
+        self._opening = True
+        self._lock.release()
+        try:
+            prepared = registration.prepare(config, layers, self._given_writers)
+        finally:
+            self._lock.acquire()
+            self._opening = False
+            self._changed.notify_all()
+        self._open(config, layers, prepared=prepared)
+
+    def _open(
+        self,
+        config: StoreConfig,
+        layers: Sequence[LayerInfo],
+        state: State | None = None,
+        prepared: tuple[RunFile | None, Sequence[Writer]] | None = None,
+    ) -> None:
+        """Prepare the savefile if it is not, and start publishing, from a state if there is one; or start nothing."""
+        run_file, writers = prepared or registration.prepare(config, layers, self._given_writers, later=bool(state))
         if state is None and config.resume and config.save_to and self._given_writers is None:
             state = (self.saver or Saver(Storage(config.savefile), 0.0)).load()
             state = None if state is None else state.closed()
         self.config, self.layers, self._run_file = config, list(layers), run_file
-        self.publisher = Publisher(
-            config,
-            layers,
-            writers,
-            self,
-            self._finish_timeout,
-            self._cores,
-            self.timings,
-            self._compute,
-            self._elsewhere,
-        )
+        computing = (self._cores, self.timings, self._compute, self._elsewhere)
+        self.publisher = Publisher(config, layers, writers, self, self._finish_timeout, *computing)
         if config.resume and config.save_to:
             self._on_disk = revisions(Storage(config.savefile))
         if state is not None:
@@ -190,9 +198,7 @@ class WindowStore:
                     log.warning(
                         "run %s: step %d is published without ranks %s, which have not closed it; what they still send "
                         "corrects it",
-                        self.config.run,
-                        window.step,
-                        list(missing),
+                        *(self.config.run, window.step, list(missing)),
                     )
                 self._submit(attempt, [window])
             elif complete and self._has_news(window, attempt):

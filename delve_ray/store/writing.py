@@ -5,21 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from functools import partial
 
-import pyarrow as pa
-
-from delve_ray.schema import LayerRow, PublishedWindow
+from delve_ray.schema import PublishedWindow
 from delve_ray.store.timings import Timings
+from delve_ray.store.writing_items import ROW_BYTES as ROW_BYTES
+from delve_ray.store.writing_items import Done, Item, count_items, may_pass, row_bytes
 from delve_ray.writers.base import Scalar, Writer
 
 log = logging.getLogger(__name__)
-
-Done = Callable[[bool], None]
-"""What is called once something is written (True) or given up (False)."""
 
 RETRY_S = (1.0, 60.0)
 """Seconds between the tries of what failed: the first pause, which doubles, and the longest."""
@@ -29,39 +25,8 @@ MAX_TRIES = 3
 """How often a window is tried that fails by a fault of its own or of the writer: time does not mend those."""
 REPORT_EVERY_S = 60.0
 """Seconds between two reports of one trouble in the log."""
-ROW_BYTES = 1024
-"""What a row is taken to need beside its arrays, and what one user scalar is."""
 _GRACE_S = 1.0
 """How long a thread that was told to stop may take to say what it gave up."""
-
-
-@dataclass(slots=True, eq=False)
-class _Item:
-    """What is queued: a window, named by `key` (attempt, window), or a list of user scalars."""
-
-    job: Callable[[], None]
-    step: int
-    nbytes: int
-    done: list[Done]
-    key: tuple[int, int] | None = None
-    revision: int = 0
-    live: bool = False
-    faults: int = 0
-    failing_since: float | None = None
-    settled: bool = False
-
-    def __str__(self) -> str:
-        return f"step {self.step}" if self.key else f"scalars from step {self.step} on"
-
-    def become(self, newer: _Item) -> None:
-        """Take the place of an older revision; who waits for that one waits for this one."""
-        self.job, self.step, self.nbytes = newer.job, newer.step, newer.nbytes
-        self.revision, self.live = newer.revision, newer.live
-        self.done += newer.done
-
-    def release(self) -> None:
-        """Let go of the rows."""
-        self.job, self.nbytes = (lambda: None), 0
 
 
 class WriterThread:
@@ -89,10 +54,10 @@ class WriterThread:
         self.last_error: str | None = None
         self._retry_s = retry_s
         self._max_bytes = max_bytes
-        self._queue: OrderedDict[_Item, None] = OrderedDict()
-        self._live: dict[tuple[int, int], _Item] = {}  # of the queue, by window
-        self._given_up: deque[_Item] = deque()  # their `done` has yet to be called
-        self._current: _Item | None = None
+        self._queue: OrderedDict[Item, None] = OrderedDict()
+        self._live: dict[tuple[int, int], Item] = {}  # of the queue, by window
+        self._given_up: deque[Item] = deque()  # their `done` has yet to be called
+        self._current: Item | None = None
         self._bytes = 0
         self._lost: dict[tuple[int, int], int] = {}  # windows given up, by revision, and not made good since
         self._lost_lists = 0
@@ -112,10 +77,10 @@ class WriterThread:
         given up. A live window that waits is replaced by a newer revision of it, and is done when that one is. After
         the end nothing is queued: `done(False)` is then called at once.
         """
-        item = _Item(
+        item = Item(
             partial(self.writer.write, window),
             step=window.step,
-            nbytes=ROW_BYTES + sum(map(_row_bytes, window.rows)),
+            nbytes=ROW_BYTES + sum(map(row_bytes, window.rows)),
             done=[done] if done else [],
             key=(window.attempt, window.window),
             revision=window.revision,
@@ -127,7 +92,7 @@ class WriterThread:
         """Queue user scalars; `done` as for `write`."""
         step = min((scalar.step for scalar in scalars), default=0)
         job = partial(self.writer.write_scalars, scalars)
-        self._put(_Item(job, step, ROW_BYTES * (1 + len(scalars)), [done] if done else []))
+        self._put(Item(job, step, ROW_BYTES * (1 + len(scalars)), [done] if done else []))
 
     def drain(self, timeout: float) -> bool:
         """Wait until everything queued so far is written or given up; False when it takes longer (seconds).
@@ -184,11 +149,11 @@ class WriterThread:
         """What is wrong with this writer now, or was lost, in a sentence; None when there is nothing."""
         with self._changed:
             item, problems = self._current, []
-            if lost := _count([*self._lost, *([None] * self._lost_lists)]):
+            if lost := count_items([*self._lost, *([None] * self._lost_lists)]):
                 problems.append(f"did not write {lost} ({self._last_loss})")
             if item is not None and item.failing_since is not None:
                 seconds = time.monotonic() - item.failing_since
-                after = f"; {_count(item.key for item in self._queue)} more wait" if self._queue else ""
+                after = f"; {count_items(item.key for item in self._queue)} more wait" if self._queue else ""
                 problems.append(f"has failed to write {item} for {seconds:.0f} s ({self.last_error}){after}")
             if self._not_closed:
                 problems.append(f"could not be closed ({self._not_closed})")
@@ -198,7 +163,7 @@ class WriterThread:
 
     # --- the queue -------------------------------------------------------------------------------------------
 
-    def _put(self, item: _Item) -> None:
+    def _put(self, item: Item) -> None:
         oldest = None
         with self._changed:
             if ended := self._ending:
@@ -216,7 +181,7 @@ class WriterThread:
         elif oldest:
             self._report_dropped(oldest)
 
-    def _enqueue(self, item: _Item) -> None:
+    def _enqueue(self, item: Item) -> None:
         older = self._live.pop(item.key, None) if item.key else None
         if older is not None and older.revision < item.revision:
             # It goes to the end of the queue, so that a final window never overtakes one that came before it.
@@ -229,13 +194,13 @@ class WriterThread:
         if item.live and item.key:
             self._live[item.key] = item
 
-    def _pop(self) -> _Item:
+    def _pop(self) -> Item:
         item, _ = self._queue.popitem(last=False)
         if item.key and self._live.get(item.key) is item:
             del self._live[item.key]
         return item
 
-    def _give_up(self, items: Sequence[_Item], reason: str) -> None:
+    def _give_up(self, items: Sequence[Item], reason: str) -> None:
         """Count items that are in the queue no more, and have the thread call their `done`."""
         self.dropped += len(items)
         for item in items:
@@ -245,14 +210,14 @@ class WriterThread:
         self._given_up.extend(items)
         self._changed.notify_all()
 
-    def _lose(self, item: _Item, reason: str) -> None:
+    def _lose(self, item: Item, reason: str) -> None:
         if item.key:
             self._lost[item.key] = item.revision  # the newest, because they come in order
         else:
             self._lost_lists += 1
         self._last_loss = f"the last {item}: {reason}"
 
-    def _report_dropped(self, item: _Item) -> None:
+    def _report_dropped(self, item: Item) -> None:
         now = time.monotonic()
         if now >= self._reported_drop + REPORT_EVERY_S:
             self._reported_drop = now
@@ -274,7 +239,7 @@ class WriterThread:
             with self._changed:
                 self.last_error = self._not_closed = f"{type(error).__name__}: {error}"
 
-    def _next(self) -> _Item | None:
+    def _next(self) -> Item | None:
         """The next item to write; None when there is none and none will come."""
         while True:
             with self._changed:
@@ -286,7 +251,7 @@ class WriterThread:
             if self._stopping:
                 self._abandon(None)
 
-    def _work(self, item: _Item) -> bool:
+    def _work(self, item: Item) -> bool:
         """Try an item until it is written (True) or given up (False). No lock is held while the writer works."""
         pause, longest = self._retry_s
         while True:
@@ -303,9 +268,9 @@ class WriterThread:
                 return False
             pause = self._retry_s[0] if self._ending else min(2 * pause, longest)
 
-    def _note_failure(self, item: _Item, error: Exception, pause: float) -> bool:
+    def _note_failure(self, item: Item, error: Exception, pause: float) -> bool:
         """Count and report a failure; whether the item is to be tried again."""
-        now, fault = time.monotonic(), not _may_pass(error)
+        now, fault = time.monotonic(), not may_pass(error)
         with self._changed:
             reason = self.last_error = f"{type(error).__name__}: {error}"
             item.failing_since = item.failing_since or now
@@ -325,7 +290,7 @@ class WriterThread:
             )
         return not lost
 
-    def _note_success(self, item: _Item) -> None:
+    def _note_success(self, item: Item) -> None:
         with self._changed:
             self.written += 1
             if item.key and self._lost.get(item.key, item.revision + 1) <= item.revision:
@@ -335,9 +300,11 @@ class WriterThread:
             waited = [each.key for each in (item, *self._queue)] if since is not None else []
         if since is not None:
             self._reported, after = float("-inf"), time.monotonic() - since
-            log.warning("writer %s works again after %.0f s; %s had waited", self.writer.name, after, _count(waited))
+            log.warning(
+                "writer %s works again after %.0f s; %s had waited", self.writer.name, after, count_items(waited)
+            )
 
-    def _rest(self, item: _Item, pause: float) -> bool:
+    def _rest(self, item: Item, pause: float) -> bool:
         """Wait before the next try; False when there is to be none, and the item was given up with the others."""
         due = time.monotonic() + pause
         while True:
@@ -353,7 +320,7 @@ class WriterThread:
             if hurry or time.monotonic() >= due:
                 return True
 
-    def _abandon(self, current: _Item | None) -> None:
+    def _abandon(self, current: Item | None) -> None:
         """There is no more time: give up the queue, and `current` before it."""
         with self._changed:
             items = [*([current] if current else []), *self._queue]
@@ -362,7 +329,7 @@ class WriterThread:
             self._give_up(items, reason)
             self._late = self._late or bool(items)
         if items:
-            lost = _count(item.key for item in items)
+            lost = count_items(item.key for item in items)
             log.error("writer %s did not write %s, the last %s: %s", self.writer.name, lost, items[-1], reason)
 
     def _tell_given_up(self) -> None:
@@ -371,7 +338,7 @@ class WriterThread:
             with self._changed:
                 self._given_up.popleft()
 
-    def _settle(self, item: _Item, *, written: bool) -> None:
+    def _settle(self, item: Item, *, written: bool) -> None:
         """Say what became of an item, once."""
         if item.settled:
             return
@@ -387,23 +354,3 @@ class WriterThread:
             item.settled = True
             item.release()
             self._changed.notify_all()
-
-
-def _may_pass(error: Exception) -> bool:
-    """Whether an error is the destination's, which may come back, and not a fault of the writer or the rows.
-
-    Arrow's errors about values (ArrowInvalid, ArrowTypeError, ...) are Python's ValueError, TypeError, ... as well.
-    """
-    faults = (ValueError, TypeError, LookupError, NotImplementedError)
-    return isinstance(error, (OSError, pa.ArrowException)) and not isinstance(error, faults)
-
-
-def _row_bytes(row: LayerRow) -> int:
-    arrays = (row.eigenvalues, row.mean, row.covariance, row.embedding)
-    return ROW_BYTES + sum(array.nbytes for array in arrays if array is not None)
-
-
-def _count(keys: Iterable[tuple[int, int] | None]) -> str:
-    """Items in words, by their keys: "3 windows and 1 scalar list"."""
-    counts = Counter("scalar list" if key is None else "window" for key in keys)
-    return " and ".join(f"{count} {noun}{'s' * (count > 1)}" for noun, count in sorted(counts.items(), reverse=True))

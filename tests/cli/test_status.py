@@ -66,7 +66,7 @@ def cluster(monkeypatch):
         return FakeStore(STATE)
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(status, "_cluster", connect)
+    monkeypatch.setattr(status, "cluster", connect)
     monkeypatch.setattr("delve_ray.store.launch.get_store", get_store)
     return asked
 

@@ -124,6 +124,17 @@ def test_every_metric_is_shown_as_its_kind_is() -> None:
     assert sum("rate(" in expression for expression in EXPRESSIONS) >= 5
 
 
+def test_a_run_without_events_shows_words_or_zero_and_no_nan() -> None:
+    for panel in PANELS:
+        assert panel["fieldConfig"]["defaults"]["noValue"].endswith("yet"), panel["title"]
+    for expression in EXPRESSIONS:
+        assert "/" not in expression, "a division by what may be zero"
+        if "histogram_quantile" in expression:  # NaN where nothing was observed in the interval; a comparison drops it
+            assert expression.endswith(" >= 0"), expression
+        else:
+            assert not re.search(r"[<>]", expression), "what is zero shall be shown"
+
+
 def test_promql_is_well_formed() -> None:
     parser = pytest.importorskip("promql_parser", reason="needs promql-parser: pip install promql-parser")
     for expression in EXPRESSIONS:

@@ -10,8 +10,10 @@ import pytest
 
 from delve_ray.errors import OptionError
 from delve_ray.store import actor
+from delve_ray.store.core import CovarianceStore
 from delve_ray.store.launch import start_store
 from delve_ray.store.protocol import StoreConfig
+from tests import stores
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,19 @@ def test_a_store_that_a_worker_has_joined_is_the_same_store(monkeypatch: pytest.
 def test_bad_thresholds_are_refused_before_anything_is_started(savefile: str, bad: Sequence[float]) -> None:
     with pytest.raises(OptionError, match="sat_threshold="):
         start_store(savefile, run="r", world_size=1, sat_threshold=bad)
+
+
+def test_gpus_for_spectra_are_lent_by_who_starts_the_store(monkeypatch: pytest.MonkeyPatch, savefile: str) -> None:
+    started: list[StoreConfig] = []
+    monkeypatch.setattr(actor, "start", started.append)
+    monkeypatch.setattr(actor, "RemoteStore", lambda handle: SimpleNamespace(settings=lambda: started[-1]))
+    start_store(savefile, run="r", world_size=1, save_to="parquet")
+    start_store(savefile, run="r", world_size=1, save_to="parquet", spectra_gpus=2)
+    assert [made.spectra_gpus for made in started] == [0, 2], "none by default"
+    with pytest.raises(OptionError, match="spectra_gpus=-1"):
+        start_store(savefile, run="r", world_size=1, spectra_gpus=-1)
+    lending = stores.config(savefile=savefile, spectra_gpus=2)
+    store = CovarianceStore(lending, writers=[])
+    stores.Worker(store, 0, stores.config(savefile=savefile))
+    assert store.settings().spectra_gpus == 2, "its workers need not know"
+    store.finish("test")

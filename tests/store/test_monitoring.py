@@ -30,6 +30,11 @@ class Recorded:
         assert all(type(value) is str for value in tags.values())
         return tuple(tags[name] for name in self.metric.tags)
 
+    def begin(self, tags: dict[str, str]) -> None:
+        assert self.metric.kind == "counter"
+        assert self._key(tags) not in self.values, "a counter begins once"
+        self.values[self._key(tags)] = 0.0
+
     def inc(self, value: float, tags: dict[str, str]) -> None:
         assert self.metric.kind == "counter"
         assert type(value) is float
@@ -58,8 +63,11 @@ def test_every_figure_is_told() -> None:
     options = config(world_size=2)
     store = CovarianceStore(options, writers=[Keeper("a"), Keeper("b", fail=True)])
     monitor, made = watched(store)
-    monitor.update()  # nobody has come: nothing to say
-    assert not any(metric.values for metric in made.values())
+    monitor.update()  # nobody has come: there are the counters, but for those of writers, and they are zero
+    begun = {name: dict(metric.values) for name, metric in made.items() if metric.values}
+    assert begun == {
+        f"delve_ray_{name}_total": {(): 0.0} for name in ("deltas", "bytes", "refused", "repeated", "late")
+    }
     workers = [Worker(store, rank, options) for rank in range(2)]
     sent = 0
     for step, rank in ((0, 0), (0, 1), (1, 0), (2, 0)):
@@ -76,7 +84,8 @@ def test_every_figure_is_told() -> None:
     assert told["deltas_total"] == {(): 4.0}
     assert told["bytes_total"] == {(): float(sent)}
     assert told["refused_total"] == told["repeated_total"] == {(): 1.0}
-    assert told["late_total"] == {}
+    assert told["late_total"] == {(): 0.0}
+    assert told["dropped_total"] == {("a",): 0.0, ("b",): 1.0}
     assert told["lag_windows"] == {("0",): 0.0, ("1",): 2.0}
     assert told["outbox_bytes"] == {("0",): 0.0, ("1",): 42.0}
     assert told["open_windows"] == {(): 2.0}
@@ -120,6 +129,46 @@ def test_the_layers_that_are_shown_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     assert {"l0", "mean"} < set(shown)
     assert max(int(name[1:]) for name in shown if name != "mean") >= 295
     store.finish("test")
+
+
+def test_the_ranks_that_are_shown_are_bounded_and_those_of_before_are_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitoring, "MAX_RANKS", 4)
+    options = config(world_size=10, silent_after=0)
+    store = CovarianceStore(options, writers=[])
+    monitor, made = watched(store)
+    workers = [Worker(store, rank, options) for rank in range(10)]
+    for worker in workers:
+        if worker.source.rank != 9:
+            worker.send({}, closes=True)
+    store.heartbeat(source(9), {"memory_bytes": 7})
+    monitor.update()
+    assert dict(made["delve_ray_lag_windows"].values) == {("0",): 0, ("2",): 0, ("5",): 0, ("7",): 0, ("max",): 1}
+    assert made["delve_ray_outbox_bytes"].values["max",] == 7
+    again = replace(options, world_size=3)  # a new attempt, of fewer ranks
+    anew = [Worker(store, rank, again, token="again") for rank in range(3)]
+    anew[0].send({}, closes=True)
+    monitor.update()
+    lag = {("0",): 0, ("1",): 1, ("2",): 1, ("5",): 0, ("7",): 0, ("max",): 0}
+    assert dict(made["delve_ray_lag_windows"].values) == lag
+    assert made["delve_ray_outbox_bytes"].values["max",] == 0
+    store.finish("test")
+
+
+class OfRay:
+    """A counter of Ray's, with or without what `inc` calls."""
+
+    def __init__(self) -> None:
+        self.total = 1.0
+
+    def inc(self, value: float, tags: dict[str, str]) -> None:
+        assert value > 0
+        self.total += value
+
+
+def test_a_counter_begins_without_what_is_behind_rays() -> None:
+    counter = OfRay()
+    monitoring._Counter(counter).begin({"run": "r"})
+    assert counter.total == 1.0
 
 
 def test_a_metric_that_fails_does_not_stop_the_watching(monkeypatch: pytest.MonkeyPatch) -> None:

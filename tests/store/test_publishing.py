@@ -178,6 +178,26 @@ def test_what_has_room_for_one_runs_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen.most == 1
 
 
+@pytest.mark.parametrize(("wide", "most"), [(100, 1), (9, 3), (4, 4), (1, 4)])
+def test_only_wide_layers_are_given_to_others_with_a_thread_each(
+    wide: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publisher, "WIDE", wide)
+    sending, seen = Sending(cores=2, elsewhere=3), Decompositions(monkeypatch)
+    crew, threads = sending.store.running()._crew, []
+    original = crew.run
+    monkeypatch.setattr(crew, "run", lambda tasks, threads: asked(tasks, threads))
+
+    def asked(tasks: Any, count: int) -> Any:
+        threads.append(count)
+        return original(tasks, count)
+
+    sending.send(0, 1, 2, 3, 4)
+    assert len(sending.rows()) == 5
+    assert threads == [most]
+    assert seen.most <= most
+
+
 @pytest.mark.parametrize("cores", [1, 4])
 def test_a_layer_that_has_got_nothing_is_not_decomposed_again(cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sending, seen = Sending(cores=cores), Decompositions(monkeypatch)

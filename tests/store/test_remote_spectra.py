@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from delve_ray.moments import pack_triangle
 from delve_ray.reservoir import UNBOUNDED, Reservoir
 from delve_ray.schema import LayerRow
 from delve_ray.store import publishing, remote_spectra
-from delve_ray.store.protocol import LayerInfo
+from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.publishing import layer_row
 from delve_ray.store.remote_spectra import RemoteSpectra
 from delve_ray.store.window import Collected
@@ -53,6 +55,53 @@ def test_wide_layers_are_decomposed_elsewhere(ray_session: None, monkeypatch: py
         assert compute.sent == sent
 
 
+def test_who_waits_takes_the_first_place_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One CPU elsewhere, one core here, three wide layers and a narrow one: each place is taken again at once."""
+    import ray
+
+    monkeypatch.setattr(remote_spectra, "WIDE", 64)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
+    begun, go_on = {place: threading.Semaphore(0) for place in ("here", "elsewhere")}, threading.Semaphore(0)
+    free_elsewhere = threading.Semaphore(0)
+
+    def here(layer: LayerInfo, *_: Any) -> str:
+        begun["here"].release()
+        assert go_on.acquire(timeout=30)
+        return f"{layer.name} here"
+
+    def elsewhere(_: RemoteSpectra, layer: LayerInfo, *__: Any) -> str:
+        begun["elsewhere"].release()
+        assert free_elsewhere.acquire(timeout=30)
+        return f"{layer.name} elsewhere"
+
+    monkeypatch.setattr(remote_spectra, "layer_row", here)
+    monkeypatch.setattr(RemoteSpectra, "_elsewhere", elsewhere)
+    compute, made = RemoteSpectra(1), []
+
+    def start(name: str, d: int) -> threading.Thread:
+        found = Collected(1, 0, np.zeros(d), np.zeros(0), 1.0)
+        layer = LayerInfo(name, "Linear", d)
+        thread = threading.Thread(target=lambda: made.append(compute(layer, "train", found, OPTIONS)))
+        thread.start()
+        return thread
+
+    threads = [start("a", 64)]
+    assert begun["elsewhere"].acquire(timeout=30)
+    threads.append(start("b", 64))
+    assert begun["here"].acquire(timeout=30)
+    threads += [start("narrow", 8), start("c", 64)]
+    free_elsewhere.release()
+    assert begun["elsewhere"].acquire(timeout=30), "c goes where a has been, though somebody waits for the core here"
+    go_on.release()
+    assert begun["here"].acquire(timeout=30)
+    go_on.release()
+    free_elsewhere.release()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(map(str, made)) == ["a elsewhere", "b here", "c elsewhere", "narrow here"]
+
+
 def test_without_a_free_cpu_nothing_is_sent(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
@@ -62,6 +111,17 @@ def test_without_a_free_cpu_nothing_is_sent(ray_session: None, monkeypatch: pyte
     layer = LayerInfo("a", "Linear", 64)
     same(compute(layer, "train", found, OPTIONS, sample), layer_row(layer, "train", found, OPTIONS, sample))
     assert compute.sent == 0
+
+
+def test_on_one_node_the_stores_own_threads_are_not_free_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 5.0})
+    for nodes, places in (([True], 2), ([True, False], 2), ([True, True], 5)):
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: [{"Alive": alive} for alive in nodes])
+        compute = RemoteSpectra(3)
+        assert [compute._take_place(wide=True) for _ in range(places)] == [True] * places
+        assert not compute._take_place(wide=True), "the next one is decomposed here"
 
 
 def test_what_a_task_does_not_answer_the_store_computes(
@@ -84,6 +144,51 @@ def test_what_a_task_does_not_answer_the_store_computes(
     monkeypatch.setattr(remote_spectra, "layer_row", layer_row)
     same(compute(layer, "train", found, OPTIONS, sample), expected)
     assert compute.sent == 0, "it does not try again at once"
+
+
+def test_a_gpu_is_taken_only_where_the_run_may_and_one_is_free(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    monkeypatch.setattr(remote_spectra, "WIDE", 64)
+    monkeypatch.setattr(remote_spectra, "GPU_WIDE", 72)
+    monkeypatch.setattr(remote_spectra, "GPUS_PER_TASK", 0)  # there is none: the device is the CPU's
+    free = {"CPU": 4.0}
+    monkeypatch.setattr(ray, "available_resources", lambda: free)
+    compute, allowed = RemoteSpectra(1, device="cpu"), replace(OPTIONS, spectra_gpus=1)
+
+    def sent(d: int, options: StoreConfig) -> tuple[int, int]:
+        layer, (found, sample) = LayerInfo("a", "Linear", d), moments(d)
+        same(compute(layer, "eval", found, options, sample), layer_row(layer, "eval", found, options, sample))
+        return compute.sent, compute.sent_to_gpus
+
+    assert sent(72, allowed) == (1, 0), "a training has them all"
+    free["GPU"] = 1.0
+    assert sent(72, OPTIONS) == (2, 0), "by default none is ever taken"
+    assert sent(71, allowed) == (3, 0), "not for a layer that is less wide"
+    assert sent(72, allowed) == (4, 1)
+    assert sent(90, allowed) == (5, 2)
+
+
+def test_a_gpu_that_fails_is_left_alone_and_the_row_is_the_same(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import ray
+
+    monkeypatch.setattr(remote_spectra, "WIDE", 64)
+    monkeypatch.setattr(remote_spectra, "GPU_WIDE", 64)
+    monkeypatch.setattr(remote_spectra, "GPUS_PER_TASK", 0)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    compute, options = RemoteSpectra(1), replace(OPTIONS, spectra_gpus=2)  # "cuda", which is not there
+    layer, (found, sample) = LayerInfo("a", "Linear", 64), moments(64)
+    expected = layer_row(layer, "eval", found, options, sample)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            same(compute(layer, "eval", found, options, sample), expected)
+    (record,) = caplog.records
+    assert "a GPU failed to decompose a layer, CPUs do it" in record.message
+    assert (compute.sent, compute.sent_to_gpus) == (2, 0)
 
 
 def test_a_store_with_a_wide_layer(ray_session: None, savefile: str, tmp_path: Path) -> None:
