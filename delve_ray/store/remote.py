@@ -20,7 +20,7 @@ from ray.exceptions import (
 from delve_ray.errors import DelveRayError, StoreError
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
-from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.sharded import ShardedStore
 
 NAMESPACE = "delve_ray"
@@ -135,6 +135,11 @@ class RemoteStore:
         ack: Ack = self._try("take", call)
         self._put = None
         return ack
+
+    def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
+        """See `protocol.Store.take_bundle`."""
+        acks: tuple[Ack | None, ...] = self._call("take_bundle", bundle, buffer)
+        return acks
 
     def _prepare(self, seq: int) -> None:
         """Bring the buffer after this one into the object store, if it is not there and there is room."""

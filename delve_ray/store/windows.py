@@ -67,6 +67,7 @@ class WindowStore:
         self.publisher: Publisher | None = None
         self.saver = saver
         self.counts = {"deltas": 0, "bytes": 0, "refused": 0, "late": 0, "repeated": 0}
+        self.counts |= {"bundles": 0, "bundled": 0}  # of the deltas, those that came merged with each other
         self.timings = Timings()
         self.ending: str | None = None  # why
         self.abandoned = False  # whether no worker is left that could ask for anything
