@@ -322,7 +322,7 @@ class CombinedStore:
         """See `protocol.Store.progress`."""
         return self.direct.progress(timeout)
 
-    def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
+    def leave(self, source: Source, *, completed: bool, sent: int, timeout: float = 0.0) -> Ack:
         """See `protocol.Store.leave`."""
         return self.direct.leave(source, completed=completed, sent=sent, timeout=timeout)
 

@@ -114,7 +114,7 @@ def _check_sum(headers: Sequence[Delta], total: Delta, layers: Sequence[LayerInf
             offered, lowest = samples.get((layer, phase), (0, UNBOUNDED))
             samples[layer, phase] = offered + rows, min(lowest, bound)
     found = {entry[:2]: (*entry[2:], total.weight(index)) for index, entry in enumerate(total.entries)}
-    if found.keys() != counts.keys() or dict(total.widths) != {k: v for h in headers for k, v in h.widths}:
+    if found.keys() != counts.keys() or set(total.widths) != {width for header in headers for width in header.widths}:
         raise refusal(total, "its bundle has other layers than its headers")
     if bool(total.weights) != any(header.weights for header in headers):
         raise refusal(total, "its bundle has weights, or its headers have, and the other has not")
