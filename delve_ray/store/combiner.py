@@ -40,7 +40,7 @@ COMBINE_BYTES = 512 << 20
 """Buffers of the deltas of one bundle; they lie in the node's object store meanwhile."""
 MISSES = 3
 """Bundles in a row that went without a rank after which none waits for it, until it calls again."""
-AGAIN_S = 10.0
+AGAIN_S = 5.0
 """How long a worker whose combiner did not answer sends straight to the store."""
 
 
