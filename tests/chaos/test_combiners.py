@@ -1,6 +1,7 @@
 """Workers of two nodes whose deltas are merged on their node; the combiners are killed in the middle.
 
-The cluster has its own Ray in a process of its own: a head with the store, which has two shards, and two nodes with two workers each.
+The cluster has its own Ray in a process of its own: a head with the store, which has two shards, and two nodes with two
+workers each.
 """
 
 from __future__ import annotations
