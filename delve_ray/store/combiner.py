@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from delve_ray.errors import DeltaRefused, StoreError, UnknownSource
+from delve_ray.errors import DeltaRefused, StoreError, StoreLost, UnknownSource
 from delve_ray.moments import F64
 from delve_ray.store.door import check_delta
 from delve_ray.store.merging import combine
@@ -137,6 +137,8 @@ class Combiner:
                 self._send(group)
             finally:
                 with self._changed:
+                    for other in group:
+                        other.answer = other.answer or StoreError("the combiner was interrupted")
                     self._sending = False
                     self._changed.notify_all()
         if isinstance(call.answer, Exception):
@@ -203,14 +205,12 @@ class Combiner:
     def _send_bundle(self, group: Sequence[_Call]) -> Sequence[Ack | None]:
         """The store's answers to a bundle, None for a delta that is to go by itself.
 
-        Raises StoreError where the store does not answer.
+        Raises StoreError where the store does not answer, or fails: it is not known then what it has.
         """
         try:
             deltas = [(call.delta, call.buffer, call.widths or []) for call in group]
             return self.store.take_bundle(*combine(deltas, self.embed_rows))
-        except Exception as error:
-            if isinstance(error, StoreError) and not error.final:
-                raise
+        except DeltaRefused as error:
             log.warning("a bundle of %d deltas was not taken (%s); they are sent one by one", len(group), error)
             return [None] * len(group)
 
@@ -264,8 +264,8 @@ class CombinedStore:
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """Merge a delta once, with those of the node's other workers where they are there at the same time."""
         answer = self._take_combined(delta, buffer)
-        if answer is None or (isinstance(answer, StoreError) and answer.final):
-            return self.direct.take(delta, buffer)  # what would end this worker, the store itself has to say
+        if answer is None or isinstance(answer, StoreLost):
+            return self.direct.take(delta, buffer)  # an older store of this name may be the one that is lost
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -280,11 +280,10 @@ class CombinedStore:
                 self.following = self._following
             answer = self._link.take(delta, buffer)
         except Exception as error:
-            answer = error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}")
             log.warning("the combiner of this node does not answer (%s); deltas go straight to the store", error)
             self._link, self._not_before = None, time.monotonic() + self._again
             return None
-        if isinstance(answer, StoreError) and answer.final:
+        if isinstance(answer, StoreLost):
             self._link, self._not_before = None, time.monotonic() + self._again
         return answer
 

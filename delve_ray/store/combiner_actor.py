@@ -16,7 +16,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.errors import DelveRayError, StoreError, StoreLost
 from delve_ray.moments import F64
 from delve_ray.store.combiner import CombinedStore, Combiner
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, Source, Store
@@ -52,8 +52,8 @@ class CombinerActor:
         try:
             return self._combiner.take(delta, buffer)
         except DelveRayError as error:
-            if isinstance(error, StoreError) and error.final:
-                self._over.set()  # the run has ended; were it another with its name, that needs another combiner
+            if isinstance(error, StoreLost):
+                self._over.set()  # another run of this name needs another combiner
             return error
 
     def forget(self, source: Source) -> None:
@@ -92,7 +92,7 @@ class RemoteCombiner:
 
     def __init__(self, handle: Any) -> None:
         self.handle = handle
-        self._calls = RemoteStore(handle)  # its `take` is the store's: the buffer in the object store, and a deadline
+        self._calls = RemoteStore(handle)  # for its `take`: the buffer in the object store, and a deadline
         self.following = self._calls.following
 
     def take(self, delta: Delta, buffer: F64) -> Ack | Exception:
@@ -109,6 +109,8 @@ class RemoteCombiner:
 
 def start_combiner(run: str, handle: Any, layers: Sequence[LayerInfo]) -> RemoteCombiner:
     """The combiner of this node for a run whose store is behind `handle`; starts it if it is not there."""
+    if not ray.is_initialized():  # asking for the node would start a new cluster
+        raise StoreError("Ray was shut down")
     node = ray.get_runtime_context().get_node_id()
     remote: Any = ray.remote(CombinerActor)
     actor = remote.options(

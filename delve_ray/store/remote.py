@@ -17,7 +17,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.errors import DelveRayError, StoreError, StoreLost
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
 from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
@@ -241,7 +241,7 @@ class RemoteStore:
         except ActorUnavailableError as error:
             raise StoreError(f"the store is unavailable: {error}") from error
         except (ActorDiedError, RayActorError) as error:
-            raise StoreError(f"the store's process has ended: {error}", final=True) from error
+            raise StoreLost(f"the store's process has ended: {error}", final=True) from error
         except GetTimeoutError:
             raise StoreError(f"the store did not answer {method} in time") from None
         except Exception as error:  # Ray's own, such as a failed submission while it shuts down, or a full object store

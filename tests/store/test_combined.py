@@ -17,7 +17,7 @@ import pytest
 
 from delve_ray import read_covariances, read_scalars, read_spectra
 from delve_ray.analysis import read_embeddings
-from delve_ray.errors import DeltaRefused, DelveRayError, StoreError, UnknownSource
+from delve_ray.errors import DeltaRefused, DelveRayError, StoreError, StoreLost, UnknownSource
 from delve_ray.moments import F64
 from delve_ray.reservoir import UNBOUNDED, pack, smallest
 from delve_ray.storage import Storage
@@ -613,7 +613,7 @@ def test_without_a_combiner_deltas_go_straight_to_the_store_and_it_is_tried_agai
     assert tried.count("call") == 2
 
 
-def test_what_would_end_a_worker_is_asked_of_the_store_itself() -> None:
+def test_a_store_that_is_lost_may_be_an_older_one_of_the_run() -> None:
     store, workers, _ = node_store(world_size=1)
 
     class Other:
@@ -622,7 +622,7 @@ def test_what_would_end_a_worker_is_asked_of_the_store_itself() -> None:
         following: Any = None
 
         def take(self, delta: Delta, buffer: F64) -> Exception:
-            return StoreError("the run has ended", final=True)
+            return StoreLost("the store's process has ended", final=True)
 
         def forget(self, source: Source) -> None: ...
 
@@ -635,6 +635,52 @@ def test_what_would_end_a_worker_is_asked_of_the_store_itself() -> None:
     with pytest.raises(DeltaRefused, match="checksum"):
         combined.take(replace(good[0], checksum=1), good[1])
     assert combined.take(*good).merged
+
+
+def test_a_store_that_fails_in_the_middle_is_not_offered_the_same_again() -> None:
+    """What it has of the bundle is not known: each worker hears of it, as of a delta of its own."""
+    store, workers, _ = node_store(world_size=2)
+    offered: list[str] = []
+
+    class Failing:
+        def take(self, delta: Delta, buffer: F64) -> Ack:
+            offered.append("take")
+            return store.take(delta, buffer)
+
+        def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
+            offered.append("bundle")
+            raise StoreError("the store failed in take_bundle", final=True)
+
+    combiner = Combiner(Failing(), LAYERS, 0, patience=0.5)  # type: ignore[arg-type]
+    for worker in workers:
+        combiner.take(*offers_of([worker], 0, False)[0])
+    offered.clear()
+    combiner.patience = 60.0
+    links = [CombinedStore(store, lambda: Through(combiner)) for _ in workers]
+    offers = iter(zip(links, offers_of(workers), strict=True))
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(link.take, *offer) for link, offer in offers]
+    for call in calls:
+        with pytest.raises(StoreError, match="failed in take_bundle"):
+            call.result()
+    assert offered == ["bundle"]
+    assert store.counts["deltas"] == 2
+
+
+class Through:
+    """A link without faults."""
+
+    def __init__(self, combiner: Combiner) -> None:
+        self.combiner = combiner
+
+    def take(self, delta: Delta, buffer: F64) -> Ack | Exception:
+        try:
+            return self.combiner.take(delta, buffer)
+        except DelveRayError as error:
+            return error
+
+    def forget(self, source: Source) -> None:
+        self.combiner.forget(source)
 
 
 def test_all_but_deltas_goes_straight_to_the_store() -> None:
