@@ -41,7 +41,7 @@ FINISH_TIMEOUT_S = 60.0
 
 
 class WindowStore:
-    """The state of a run's store and its windows; `CovarianceStore` adds the workers, their deltas and the answers.
+    """The state of a run's store and its windows; `IntakeStore` adds the deltas, `CovarianceStore` all else.
 
     `cores` is how many cores it may use. In the process of a training loop that is one: the others are the loop's.
     `compute` turns moments into rows, and may have up to `elsewhere` of them done by others.
