@@ -20,7 +20,7 @@ from tests.chaos.processes import STATS, WITHIN_S, Worker, check_rows, family, o
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 NODES, RANKS, BATCHES = range(2), range(4), range(2)
-BUNDLES = 8
+BUNDLES = 4
 """Bundles that are waited for before the combiners are killed, and after that."""
 
 
