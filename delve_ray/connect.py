@@ -369,6 +369,15 @@ def enter(
         time.sleep(0.5)
 
 
+def through_combiner(store: Store, run: str, layers: Sequence[LayerInfo]) -> Store:
+    """The store with deltas that go through this node's combiner; as it is where it is in this process."""
+    if isinstance(store, CovarianceStore):
+        return store
+    from delve_ray.store.combiner_actor import combined
+
+    return combined(store, run, layers)
+
+
 def _abandon(store: Store | None) -> None:
     if store is not None:
         with suppress(StoreError):

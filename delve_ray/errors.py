@@ -22,6 +22,10 @@ class StoreError(DelveRayError, RuntimeError):
         self.final = final
 
 
+class StoreLost(StoreError):
+    """The process of the store that was asked has ended, for good."""
+
+
 class UnknownSource(StoreError):
     """The store was started anew and does not know this worker; it registers again and goes on."""
 

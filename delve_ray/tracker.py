@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from delve_ray.checks import check_flag, check_integer, check_name, check_number, check_seconds
-from delve_ray.connect import choose, enter, given_store, identify, publication
+from delve_ray.connect import choose, enter, given_store, identify, publication, through_combiner
 from delve_ray.ending import close_with_thread, depart
 from delve_ray.errors import OptionError, StoreError
 from delve_ray.integrations.trial import Trial
@@ -121,6 +121,9 @@ class SaturationTracker:
             `samples` says how many observations stand behind a row. Every window has some forward of each layer.
         num_shards: Of a store that this tracker starts in a Ray cluster: actors that share the layers' moments, spread
             over the nodes, behind the one that has the files; "auto" is one for each node, at most 8. By default 1.
+        combine: True merges what the workers of a node have sent for a window before it goes to a store in a Ray
+            cluster, so that it takes one delivery per node, not per worker. All or some workers may have it. A store
+            in this process gets its rows without a network, and takes no notice.
         trial: What `delve_ray.integrations.tune.current_trial()` says in a trial that starts a trainer, for the
             trainer's workers: they record into the trial's directory, in one run. A trial itself is found.
         writer_args: Options of the writers, by their names: {"wandb": {"project": "cnn"}}.
@@ -190,6 +193,7 @@ class SaturationTracker:
         trial: Trial | None = None,
         embed_rows: int | None = None,
         num_shards: int | str | None = None,
+        combine: bool = False,
     ) -> None:
         check_unbuilt(locals())
         options = recorder_options(locals())
@@ -211,6 +215,7 @@ class SaturationTracker:
         config = publication(identity, settings, options, publish_every=live, model=model_summary(modules))
         unsaved = check_flag("nosave", nosave)
         shown = check_flag("verbose", verbose)
+        check_flag("combine", combine)
         config = choose(
             config,
             settings,
@@ -243,7 +248,7 @@ class SaturationTracker:
         self._config = config
         outbox = Outbox(config, infos, spill_folder(config.run, self._source.source, spill))
         self._shipper = Shipper(
-            self._store,
+            through_combiner(self._store, config.run, infos) if combine else self._store,
             self._source,
             welcome,
             self._recorder,

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.benchmarks import feeder, growth, profile, report, run, timing
+from tests.benchmarks import combining, feeder, growth, profile, report, run, timing
 from tests.benchmarks.closing import check_same
 from tests.benchmarks.models import WORKLOADS, Workload
 from tests.benchmarks.report import Row, Section, Unmeasured
@@ -256,3 +256,10 @@ def test_both_trackers_record_the_same_rows_of_the_same_layers(workload: Workloa
             covariance = ours.store.covariance(name.replace("-", "."), "train")
             assert np.abs(covariance - reference).max() <= 1e-5 * np.abs(reference).max()
             assert tokens in (None, moments._tlen)
+
+
+def test_combining_counts_what_the_store_takes() -> None:
+    costs = combining.measure_combining((3, 5), windows=2, sources=3)
+    assert (costs["alone"].calls, costs["combined"].calls) == ([3, 3], [1, 1])
+    assert costs["alone"].nbytes == [3 * 8 * (3 + 6 + 5 + 15)] * 2
+    assert costs["combined"].nbytes == [8 * (3 + 6 + 5 + 15)] * 2

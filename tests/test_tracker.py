@@ -440,6 +440,7 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "fraction": ({"sample_fraction": 10}, OptionError, "sample_fraction=10 .*for 10 percent write 0.1"),
     "seed": ({"seed": -1}, OptionError, "seed=-1"),
     "shards": ({"num_shards": "many"}, OptionError, "num_shards='many' must be an integer, at least 1, or 'auto'"),
+    "combine": ({"combine": "yes"}, OptionError, "combine='yes' must be True or False"),
     "no shards": ({"num_shards": 0}, OptionError, "num_shards=0"),
     "mask": ({"mask": torch.ones(2, 2)}, OptionError, "mask is a Tensor, not a function"),
     "downsampling": ({"interpolation_downsampling": 0}, OptionError, "interpolation_downsampling=0"),

@@ -29,7 +29,7 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.monitoring import Monitor
 from delve_ray.store.parts import PartWriter, ShardStore, shard_config
-from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.remote import FIND_TIMEOUT_S as FIND_TIMEOUT_S
 from delve_ray.store.remote import NAMESPACE as NAMESPACE
 from delve_ray.store.remote import SOON_S, actor_name, exists
@@ -155,6 +155,10 @@ class StoreActor:
         """See `protocol.Store.take`. The buffer is a view of Ray's object store; it is read, never kept."""
         return self._store.take(delta, buffer)
 
+    def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
+        """See `protocol.Store.take_bundle`."""
+        return self._store.take_bundle(bundle, buffer)
+
     def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
         """See `protocol.Store.heartbeat`."""
         return self._store.heartbeat(source, outbox)
@@ -235,7 +239,7 @@ class StoreActor:
 
 
 _GROUPS = {
-    "intake": ("take",),
+    "intake": ("take", "take_bundle"),
     "control": ("register", "abandon", "leave", "goodbye"),
     "query": ("settings", "heartbeat", "progress", "covariance", "spectrum", "status"),
     "parts": ("accept", "part_state", "shard_done"),

@@ -10,7 +10,6 @@ for where the store has cores to itself.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,15 +17,12 @@ from dataclasses import replace
 from typing import Any
 
 from delve_ray import spectrum
-from delve_ray.errors import DeltaRefused, StoreError, UnknownSource
 from delve_ray.moments import F64, unpack_triangle
-from delve_ray.reservoir import packed_size, unpack
 from delve_ray.store import answers, registration
-from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
-from delve_ray.store.door import check_delta, check_held, check_source, check_total, refusal, source_of
-from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
-from delve_ray.store.window import Entry, Window
-from delve_ray.store.windows import WindowStore
+from delve_ray.store.attempt import Attempt
+from delve_ray.store.door import check_held, check_source
+from delve_ray.store.intake import IntakeStore
+from delve_ray.store.protocol import Ack, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +30,7 @@ SAVE_TIMEOUT_S = 30.0
 """How long a registration waits until it is saved; after that it goes on without."""
 
 
-class CovarianceStore(WindowStore):
+class CovarianceStore(IntakeStore):
     """Merges the moments of all workers of one run in float64 and publishes each window when it is complete.
 
     With `saver`, what it has survives it: workers keep what no snapshot has. Without, it lives and dies with the
@@ -42,6 +38,7 @@ class CovarianceStore(WindowStore):
 
     Example:
         >>> import tempfile, numpy as np
+        >>> from delve_ray.store.protocol import Delta
         >>> config = StoreConfig(run="doc", savefile=tempfile.mkdtemp() + "/doc", world_size=1)
         >>> store = CovarianceStore(config)
         >>> source = Source("doc", token="", rank=0, source="a", host="localhost", pid=1)
@@ -151,167 +148,6 @@ class CovarianceStore(WindowStore):
             ack = replace(self._ack(attempt, member), left=member.left or (there and not completed))
             member.waiting = ack.finished or not (ack.left and ack.saved)
             return ack
-
-    def _find(self, source: Source) -> tuple[Attempt, Member]:
-        for attempt in reversed(self.attempts):
-            member = attempt.members.get(source.rank)
-            if member is not None and member.source == source:
-                return attempt, member
-        number = self.tokens.index(source.token) if source.token in self.tokens else None
-        who = f"rank {source.rank} (pid {source.pid} on {source.host}) of run {self.config.run!r}"
-        if number is not None and number < len(self.tokens) - 1:
-            raise DeltaRefused(f"{who} belongs to attempt {number}, and attempt {len(self.tokens) - 1} has begun")
-        if number is not None and (member := self.attempts[-1].members.get(source.rank)) is not None:
-            raise DeltaRefused(f"{who} has been replaced by pid {member.source.pid} on {member.source.host}")
-        raise UnknownSource(f"{who} is not registered; the store was started anew")
-
-    def _ack(self, attempt: Attempt, member: Member, **more: Any) -> Ack:
-        durable, saved = member.next_seq, True
-        if self.saver is not None:
-            durable, saved = self.saver.durable(member.source.source), self.saver.saved_version >= member.changed
-        return Ack(
-            attempt.published,
-            finished=self.ending is not None,
-            next_seq=member.next_seq,
-            above=tuple(sorted(member.above)),
-            durable=durable,
-            saved=saved,
-            left=member.left,
-            **more,
-        )
-
-    # --- deltas ----------------------------------------------------------------------------------------------
-
-    def take(self, delta: Delta, buffer: F64) -> Ack:
-        """Merge a delta once. See `protocol.Store.take`."""
-        try:
-            return self._take(delta, buffer)
-        except DeltaRefused:
-            with self._lock:
-                self.counts["refused"] += 1
-            raise
-
-    def _take(self, delta: Delta, buffer: F64) -> Ack:
-        source = source_of(delta, self.config.run)
-        with self._lock:
-            member = self._find(source)[1]
-            member.heard = time.monotonic()
-        widths = check_delta(delta, buffer, self.config.run, self.layers)
-        with member.lock:
-            while True:
-                with self._lock:
-                    admitted = self._admit(delta, widths)
-                if isinstance(admitted, Ack):
-                    return admitted
-                if isinstance(admitted, Window):  # outside of the lock: it reads a file
-                    self.unpark(admitted)
-                    continue
-                break
-            entries, refused = admitted
-            ends = list(itertools.accumulate(map(moments_size, widths)))
-            starts = [0, *ends]
-            began = time.perf_counter()
-            try:
-                self._sample(delta, entries, widths, buffer[starts[-1] :])
-                for index, (entry, start, end) in enumerate(zip(entries, starts, ends, strict=False)):
-                    if entry is not None:
-                        _, _, n, nonfinite = delta.entries[index]
-                        middle = start + entry.features
-                        entry.add(n, nonfinite, buffer[start:middle], buffer[middle:end], delta.weight(index))
-            except BaseException:  # nothing that is foreseen; but nobody shall wait for it
-                with self._lock:
-                    self._merging -= 1
-                    self._changed.notify_all()
-                raise
-            self.timings.note("merge", time.perf_counter() - began)
-            with self._lock:
-                self.counts["deltas"] += 1
-                self.counts["bytes"] += buffer.nbytes
-                return self._merged(delta, refused)
-
-    def _sample(self, delta: Delta, entries: Sequence[Entry | None], widths: Sequence[int], packed: F64) -> None:
-        """Merge a delta's samples of rows, which stand behind its moments."""
-        places = {entry[:2]: index for index, entry in enumerate(delta.entries)}
-        start = 0
-        for layer, phase, rows, bound in delta.samples:
-            index = places[layer, phase]
-            features, entry = widths[index], entries[index]
-            end = start + packed_size(rows, features)
-            if entry is not None and self.config.rows_to_embed:
-                entry.sample(unpack(packed[start:end], rows, features, bound), self.config.rows_to_embed)
-            start = end
-
-    def _admit(self, delta: Delta, widths: Sequence[int]) -> Ack | Window | tuple[list[Entry | None], dict[int, int]]:
-        """Whether a delta may be merged now: an answer, a window that has to be loaded first, or where it goes."""
-        while self._freezing:
-            self._changed.wait()
-        attempt, member = self._find(delta.source)
-        if member.has(delta.seq):
-            self.counts["repeated"] += 1
-            return self._ack(attempt, member, merged=False)
-        if delta.attempt != attempt.number:
-            raise refusal(delta, f"the run is at attempt {attempt.number}")
-        if self.ending is not None:
-            raise StoreError(f"run {self.config.run!r} has ended and takes no more rows", final=True)
-        member.check_window(delta)
-        late = attempt is not self.attempts[-1]
-        if delta.seq >= member.next_seq + AHEAD or (late and not check_late(delta, attempt, self.attempts[-1])):
-            return self._ack(attempt, member, merged=False, busy=True)
-        window = attempt.window(delta)
-        if window is None:
-            return self._leave_out(delta, attempt, member)
-        if window.parked is not None:
-            return window
-        # Rows of another width than elsewhere cost their layer, not all that came with it.
-        refused = {i: attempt.widths[i] for i, d in delta.widths if attempt.widths.get(i, d) != d}
-        entries: list[Entry | None] = []
-        for (layer, phase, n, nonfinite), d in zip(delta.entries, widths, strict=True):
-            entry = None if layer in refused else window.entries.get((layer, phase)) or Entry(d)
-            if entry is not None:
-                check_total(delta, self.layers[layer].name, entry.n, n)
-                check_total(delta, self.layers[layer].name, entry.nonfinite, nonfinite)
-                entry.reserve()
-            entries.append(entry)
-        # Nothing below fails: what is refused above has changed nothing.
-        if attempt.windows.setdefault(delta.window, window).version == 0:  # it is new
-            window.revision = max(window.revision, self.next_revision(attempt.number, window.ordinal))
-        attempt.widths = dict(delta.widths) | attempt.widths
-        for (layer, phase, *_), entry in zip(delta.entries, entries, strict=True):
-            if entry is not None:
-                window.entries[layer, phase] = entry
-        window.version += 1  # so that it is not parked while this delta is merged
-        self._merging += 1
-        return entries, refused
-
-    def _leave_out(self, delta: Delta, attempt: Attempt, member: Member) -> Ack:
-        """Nobody waits for the window any more: the delta counts as taken, and its rows are lost, with a word."""
-        attempt.note(delta, member, None, time.monotonic())
-        self._touch(member)
-        self.counts["late"] += 1
-        self._take_scalars(delta)
-        return self._ack(attempt, member, merged=False, late=bool(delta.entries))
-
-    def _merged(self, delta: Delta, refused: Mapping[int, int]) -> Ack:
-        """Note that a delta is merged, all of it."""
-        self._merging -= 1
-        self._changed.notify_all()
-        attempt, member = self._find(delta.source)
-        attempt.note(delta, member, attempt.windows.get(delta.window), time.monotonic())
-        self._touch(member)
-        self._take_scalars(delta)
-        self.counts["refused"] += bool(refused)
-        self._advance(attempt)
-        if delta.closes and self.saver is not None:
-            self.saver.soon()
-        return self._ack(attempt, member, refused=tuple(refused.items()))
-
-    def _take_scalars(self, delta: Delta) -> None:
-        if delta.scalars:
-            key = (delta.source.source, delta.seq)
-            self._scalars[key] = tuple(
-                replace(s, run=self.config.run, trial=self.config.trial, attempt=delta.attempt) for s in delta.scalars
-            )
-            self._write_scalars(key)
 
     # --- answers -----------------------------------------------------------------------------------------------
 

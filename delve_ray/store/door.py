@@ -15,7 +15,7 @@ from delve_ray.errors import DeltaRefused
 from delve_ray.moments import F64, diagonal_places
 from delve_ray.reservoir import UNBOUNDED, packed_size
 from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Delta, Held, LayerInfo, Source, checksum, moments_size
+from delve_ray.store.protocol import Bundle, Delta, Held, LayerInfo, Source, checksum, moments_size
 from delve_ray.store.scanning import scan
 from delve_ray.writers.base import Scalar
 
@@ -26,6 +26,8 @@ MAX_WEIGHT = 2.0**100
 """Weights stay below this and not under its inverse, so that neither their sums nor quotients leave float64."""
 MAX_SAMPLE = 1 << 24
 """Rows of one layer that a delta may bring."""
+_ROUNDING = 1e-9
+"""By what share of it a sum of weights may differ from one that was added up in another order."""
 MAX_NAME = 4096
 """Characters of a scalar's name."""
 
@@ -71,6 +73,65 @@ def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo
     if delta.checksum != checksum(delta, words):
         raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
     return widths
+
+
+def check_bundle(bundle: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]) -> list[int]:
+    """Turn away what cannot be deltas of this run that were merged with each other. Returns the width of each entry.
+
+    The total and the buffer are checked as a delta and its buffer are. Each header is checked as a delta's, has the
+    total's attempt, token and window, and is of a source of its own; entries, counts, widths, weights and samples
+    have to add up to the total's. The checksum is that of all headers. Raises DeltaRefused.
+    """
+    with _refusing():
+        if type(bundle) is not Bundle or type(bundle.headers) is not tuple or not bundle.headers:
+            raise DeltaRefused(f"{type(bundle).__name__} is no bundle of deltas, and is refused")
+        for header in bundle.headers:
+            _check_header(header, run)
+            _check_scalars(header)
+            _sample_sizes(header, _entry_widths(header, layers))
+        widths = _check_delta(bundle.total, buffer, run, layers)
+        _check_sum(bundle.headers, bundle.total, layers)
+        if not _is_integer(bundle.checksum, 1 << 32) or bundle.checksum != bundle.fingerprint():
+            raise refusal(bundle.total, "the checksum of its bundle is not that of its headers, which were changed")
+        return widths
+
+
+def _check_sum(headers: Sequence[Delta], total: Delta, layers: Sequence[LayerInfo]) -> None:
+    """Refuse headers that do not belong together, or do not add up to their total."""
+    of_all = (total.attempt, total.window, total.source.token)
+    for header in headers:
+        if (header.attempt, header.window, header.source.token) != of_all:
+            raise refusal(header, f"its bundle is of attempt {total.attempt}, window {total.window}")
+    if len({header.source.source for header in headers}) < len(headers):
+        raise refusal(total, "its bundle has a source twice")
+    counts: dict[tuple[int, int], tuple[int, int, float]] = {}
+    samples: dict[tuple[int, int], tuple[int, float]] = {}
+    for header in headers:
+        for index, (layer, phase, n, nonfinite) in enumerate(header.entries):
+            before = counts.get((layer, phase), (0, 0, 0.0))
+            counts[layer, phase] = before[0] + n, before[1] + nonfinite, before[2] + header.weight(index)
+        for layer, phase, rows, bound in header.samples:
+            offered, lowest = samples.get((layer, phase), (0, UNBOUNDED))
+            samples[layer, phase] = offered + rows, min(lowest, bound)
+    found = {entry[:2]: (*entry[2:], total.weight(index)) for index, entry in enumerate(total.entries)}
+    if found.keys() != counts.keys() or set(total.widths) != {width for header in headers for width in header.widths}:
+        raise refusal(total, "its bundle has other layers than its headers")
+    if bool(total.weights) != any(header.weights for header in headers):
+        raise refusal(total, "its bundle has weights, or its headers have, and the other has not")
+    for key, (n, nonfinite, weight) in found.items():
+        expected = counts[key]
+        if (n, nonfinite) != expected[:2] or abs(weight - expected[2]) > _ROUNDING * expected[2]:
+            raise refusal(
+                total,
+                f"layer {layers[key[0]].name} counts {n} observations, {nonfinite} non-finite rows and a weight of "
+                f"{weight} in its bundle, and {expected} in its headers",
+            )
+    for layer, phase, rows, bound in total.samples:
+        offered, lowest = samples.pop((layer, phase), (-1, 0.0))
+        if rows > offered or bound > lowest:
+            raise refusal(total, f"layer {layers[layer].name} has a sample of rows that its headers do not have")
+    if samples:
+        raise refusal(total, "its bundle lacks samples of rows that its headers have")
 
 
 def _check_moments(delta: Delta, buffer: F64, widths: Sequence[int], layers: Sequence[LayerInfo]) -> None:

@@ -180,6 +180,30 @@ class Delta:
         return replace(self, checksum=fingerprint(self, buffer))
 
 
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """Deltas of one attempt and window, each of another source, whose moments were merged before they came.
+
+    `headers` are those of the deltas, without their checksums, which were those of other buffers. `total` is a delta's
+    header for what they have together, in the buffer that comes with it: entries, widths, weights and samples; the rest
+    of it says nothing. `checksum` is that of all headers.
+    """
+
+    headers: tuple[Delta, ...]
+    total: Delta
+    checksum: int = 0
+
+    def sealed(self, buffer: F64) -> Bundle:
+        """The same bundle with its checksums."""
+        bundle = replace(self, total=self.total.sealed(buffer))
+        return replace(bundle, checksum=bundle.fingerprint())
+
+    def fingerprint(self) -> int:
+        """A CRC-32 of all headers, the total's with its checksum among them."""
+        headers = (*self.headers, self.total)
+        return zlib.crc32("".join(repr((header, header.weights)) for header in headers).encode())
+
+
 def fingerprint(delta: Delta, buffer: F64) -> int:
     """A checksum of a delta's header and moments, by which a changed bit is noticed.
 
@@ -284,6 +308,13 @@ class Store(Protocol):
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """Merge a delta once, in whatever order; a repeated one is acknowledged and left out. Raises DeltaRefused."""
+
+    def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
+        """Merge deltas that were merged with each other, all of them or none; an answer for each.
+
+        None says that the delta is to be offered by itself: not all of them were new, or one does not fit. Raises
+        DeltaRefused for what is no bundle.
+        """
 
     def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
         """Say that the source is alive, and what waits in its outbox, for `status`.

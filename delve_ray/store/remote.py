@@ -17,10 +17,10 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from delve_ray.errors import DelveRayError, StoreError
+from delve_ray.errors import DelveRayError, StoreError, StoreLost
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
-from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
+from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.sharded import ShardedStore
 
 NAMESPACE = "delve_ray"
@@ -136,6 +136,11 @@ class RemoteStore:
         self._put = None
         return ack
 
+    def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
+        """See `protocol.Store.take_bundle`."""
+        acks: tuple[Ack | None, ...] = self._call("take_bundle", bundle, buffer)
+        return acks
+
     def _prepare(self, seq: int) -> None:
         """Bring the buffer after this one into the object store, if it is not there and there is room."""
         found = self.following(seq)
@@ -236,7 +241,7 @@ class RemoteStore:
         except ActorUnavailableError as error:
             raise StoreError(f"the store is unavailable: {error}") from error
         except (ActorDiedError, RayActorError) as error:
-            raise StoreError(f"the store's process has ended: {error}", final=True) from error
+            raise StoreLost(f"the store's process has ended: {error}", final=True) from error
         except GetTimeoutError:
             raise StoreError(f"the store did not answer {method} in time") from None
         except Exception as error:  # Ray's own, such as a failed submission while it shuts down, or a full object store

@@ -24,6 +24,7 @@ from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import (
     Ack,
+    Bundle,
     Delta,
     Held,
     LayerInfo,
@@ -66,14 +67,15 @@ class ShardedStore:
         self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
     ) -> Welcome:
         """Join the run, or join it again: at the front, and then in every shard."""
-        self._know(layers)
+        self.know(layers)
         welcome = self.front.register(source, config, layers, held)
         # Which attempt it is, and where this rank is in it, the front alone decides.
         there = held or Held(welcome.attempt, 0, welcome.window, whole=True)
         self._each(lambda index, shard: shard.register(source, shard_config(config, index), layers, there))
         return welcome
 
-    def _know(self, layers: Sequence[LayerInfo]) -> None:
+    def know(self, layers: Sequence[LayerInfo]) -> None:
+        """The run's layers, for one who does not register."""
         self._layers = list(layers)
         self._assigned = assign(layers, len(self.shards))
 
@@ -89,8 +91,41 @@ class ShardedStore:
         if any(ack.busy for ack in acks):  # the front does not hear of what is not in all shards
             return _both(self.front.heartbeat(delta.source), acks)
         nothing = np.empty(0)
-        header = replace(delta, entries=(), widths=(), weights=(), samples=()).sealed(nothing)
-        return _both(self.front.take(header, nothing), acks)
+        return _both(self.front.take(_without_moments(delta).sealed(nothing), nothing), acks)
+
+    def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
+        """Merge deltas that were merged with each other, each shard its part.
+
+        Where any store does not have them all now, each of them is to be offered by itself, to all stores again.
+        """
+        try:
+            pieces = self._cut(bundle.total, buffer)
+            parts = [
+                Bundle(tuple(self._share(header, shard) for header in bundle.headers), piece).sealed(part)
+                for shard, (piece, part) in enumerate(pieces)
+            ]
+        except (LookupError, TypeError, ValueError) as error:
+            raise refusal(bundle.total, f"it is not one of this run's layers ({type(error).__name__})") from error
+        answers = self._each(lambda index, shard: shard.take_bundle(parts[index], pieces[index][1]))
+        acks = [[ack for ack in column if ack is not None and not ack.busy] for column in zip(*answers, strict=True)]
+        if any(len(column) < len(self.shards) for column in acks):
+            return (None,) * len(bundle.headers)
+        nothing = np.empty(0)
+        headers = tuple(map(_without_moments, bundle.headers))
+        fronts = self.front.take_bundle(Bundle(headers, _without_moments(bundle.total)).sealed(nothing), nothing)
+        return tuple(front and _both(front, column) for front, column in zip(fronts, acks, strict=True))
+
+    def _share(self, delta: Delta, shard: int) -> Delta:
+        """What of a delta's header is about a shard's layers."""
+        own = [index for index, entry in enumerate(delta.entries) if self._assigned[entry[0]] == shard]
+        return replace(
+            delta,
+            entries=tuple(delta.entries[index] for index in own),
+            widths=tuple(width for width in delta.widths if self._assigned[width[0]] == shard),
+            weights=tuple(delta.weights[index] for index in own) if delta.weights else (),
+            samples=tuple(sample for sample in delta.samples if self._assigned[sample[0]] == shard),
+            scalars=(),
+        )
 
     def _cut(self, delta: Delta, buffer: F64) -> list[tuple[Delta, F64]]:
         """What each shard gets of a delta."""
@@ -106,15 +141,7 @@ class ShardedStore:
             sampled = [index for index, sample in enumerate(delta.samples) if self._assigned[sample[0]] == shard]
             places = [*(moments[index] for index in own), *(samples[index] for index in sampled)]
             part = np.concatenate([np.empty(0), *(buffer[place] for place in places)])
-            piece = replace(
-                delta,
-                entries=tuple(delta.entries[index] for index in own),
-                widths=tuple(width for width in delta.widths if self._assigned[width[0]] == shard),
-                weights=tuple(delta.weights[index] for index in own) if delta.weights else (),
-                samples=tuple(delta.samples[index] for index in sampled),
-                scalars=(),
-            )
-            pieces.append((piece.sealed(part), part))
+            pieces.append((self._share(delta, shard).sealed(part), part))
         return pieces
 
     def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
@@ -183,7 +210,7 @@ class LocalShards(ShardedStore):
             if saved is not None:
                 shard.go_on(replace(saved, config=shard.config, ending=None))
         self.local_front.go_on(state)
-        self._know(state.layers)
+        self.know(state.layers)
 
     def finish(self, why: str) -> None:
         """Publish what is open and end the run."""
@@ -193,6 +220,11 @@ class LocalShards(ShardedStore):
             else:  # it has nothing, and nobody has come with something
                 self.local_front.shard_done(index)
         self.local_front.finish(why)
+
+
+def _without_moments(delta: Delta) -> Delta:
+    """What the front gets of a delta's header."""
+    return replace(delta, entries=(), widths=(), weights=(), samples=())
 
 
 def _slices(sizes: Sequence[int], start: int) -> list[slice]:

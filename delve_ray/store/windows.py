@@ -41,7 +41,7 @@ FINISH_TIMEOUT_S = 60.0
 
 
 class WindowStore:
-    """The state of a run's store and its windows; `CovarianceStore` adds the workers, their deltas and the answers.
+    """The state of a run's store and its windows; `IntakeStore` adds the deltas, `CovarianceStore` all else.
 
     `cores` is how many cores it may use. In the process of a training loop that is one: the others are the loop's.
     `compute` turns moments into rows, and may have up to `elsewhere` of them done by others.
@@ -66,6 +66,7 @@ class WindowStore:
         self.publisher: Publisher | None = None
         self.saver = saver
         self.counts = {"deltas": 0, "bytes": 0, "refused": 0, "late": 0, "repeated": 0}
+        self.counts |= {"bundles": 0, "bundled": 0}  # of the deltas, those that came merged with each other
         self.timings = Timings()
         self.ending: str | None = None  # why
         self.abandoned = False  # whether no worker is left that could ask for anything
