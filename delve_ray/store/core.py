@@ -18,13 +18,14 @@ from dataclasses import replace
 from typing import Any
 
 from delve_ray import spectrum
-from delve_ray.errors import DeltaRefused, StoreError, UnknownSource
+from delve_ray.errors import DeltaRefused, OptionError, StoreError, UnknownSource
 from delve_ray.moments import F64, unpack_triangle
+from delve_ray.nystrom import head
 from delve_ray.reservoir import packed_size, unpack
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
 from delve_ray.store.door import check_delta, check_held, check_source, check_total, refusal, source_of
-from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
+from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.window import Entry, Window
 from delve_ray.store.windows import WindowStore
 
@@ -194,7 +195,7 @@ class CovarianceStore(WindowStore):
         with self._lock:
             member = self._find(source)[1]
             member.heard = time.monotonic()
-        widths = check_delta(delta, buffer, self.config.run, self.layers)
+        widths = check_delta(delta, buffer, self.config.run, self.layers, self.config.sketching)
         with member.lock:
             while True:
                 with self._lock:
@@ -206,7 +207,7 @@ class CovarianceStore(WindowStore):
                     continue
                 break
             entries, refused = admitted
-            ends = list(itertools.accumulate(map(moments_size, widths)))
+            ends = list(itertools.accumulate(map(self.config.sketching.moments_size, widths)))
             starts = [0, *ends]
             began = time.perf_counter()
             try:
@@ -264,7 +265,9 @@ class CovarianceStore(WindowStore):
         refused = {i: attempt.widths[i] for i, d in delta.widths if attempt.widths.get(i, d) != d}
         entries: list[Entry | None] = []
         for (layer, phase, n, nonfinite), d in zip(delta.entries, widths, strict=True):
-            entry = None if layer in refused else window.entries.get((layer, phase)) or Entry(d)
+            entry = None if layer in refused else window.entries.get((layer, phase))
+            if entry is None and layer not in refused:
+                entry = Entry(d, columns=self.config.sketching.columns(d))
             if entry is not None:
                 check_total(delta, self.layers[layer].name, entry.n, n)
                 check_total(delta, self.layers[layer].name, entry.nonfinite, nonfinite)
@@ -327,13 +330,21 @@ class CovarianceStore(WindowStore):
         """The last published population covariance of a layer, float64, shape (d, d).
 
         Raises KeyError for a layer, phase or combination of which nothing has been published since the store was
-        started.
+        started, OptionError for a layer that is sketched and has none.
         """
         latest = answers.find_latest(self, layer, phase)
+        if self.config.sketching.columns(latest.mean.size):
+            raise OptionError(
+                f"layer {layer} has {latest.mean.size} features, more than max_features={self.config.max_features}, and "
+                f"is sketched: there is no covariance of it, spectrum() has the head of its spectrum; raise max_features"
+            )
         return unpack_triangle(latest.packed, latest.mean.size, divisor=latest.weight or 1.0)
 
     def spectrum(self, layer: str, phase: str) -> F64:
-        """The eigenvalues of `covariance`, float64, descending."""
+        """The eigenvalues of `covariance`, float64, descending; of a sketched layer, those that its row has."""
+        latest = answers.find_latest(self, layer, phase)
+        if self.config.sketching.columns(latest.mean.size):
+            return head(latest.packed, latest.mean.size, latest.weight, self.config.product_eps).eigenvalues
         return spectrum.eigenvalues(self.covariance(layer, phase))
 
     @property
