@@ -18,7 +18,8 @@ _LARGEST_SCALING = 100
 class Group(NamedTuple):
     """What is known of a group, all on its device: rows that count and rows left out, int64; the mean of the rows as
     they were, and of what was left after a rounded one was subtracted, float64 (D,); and what products are to be
-    multiplied with, squared, float64."""
+    multiplied with, squared, float64.
+    """
 
     n: Tensor
     dropped: Tensor

@@ -66,8 +66,8 @@ def too_wide(features: int, rule: SketchRule) -> str:
             f"sketch_size={rule.size} would be larger than its covariance: it is recorded whole"
         )
     return (
-        f"has {features} features, more than max_features={rule.max_features}, and is sketched with {rule.size} columns "
-        f"({own:.1f} GiB; whole it would take {whole:.1f}): its row has the head of the spectrum, "
+        f"has {features} features, more than max_features={rule.max_features}, and is sketched with {rule.size} "
+        f"columns ({own:.1f} GiB; whole it would take {whole:.1f}): its row has the head of the spectrum, "
         f"with bounds, and there is no covariance of it"
     )
 

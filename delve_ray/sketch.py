@@ -70,8 +70,8 @@ def check_sketching(max_features: int, sketch_size: int) -> None:
     """Raise OptionError for a size of sketches that cannot be, `max_features` being checked already."""
     if type(sketch_size) is not int or sketch_size < 0 or sketch_size % SIGNS:
         raise OptionError(
-            f"sketch_size={sketch_size!r} is not a multiple of {SIGNS} from 0 on, where 0 leaves out layers of more than "
-            f"max_features={max_features}"
+            f"sketch_size={sketch_size!r} is not a multiple of {SIGNS} from 0 on, where 0 leaves out layers of more "
+            f"than max_features={max_features}"
         )
 
 
@@ -173,7 +173,8 @@ def omega(features: int, size: int) -> Omega:
 
 def _mixed(state: npt.NDArray[np.uint64] | np.uint64) -> npt.NDArray[np.uint64]:
     """SplitMix64's output for these states (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-    OOPSLA 2014)."""
+    OOPSLA 2014).
+    """
     mixed = np.asarray(state, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for shift, factor in _MIXERS:

@@ -39,7 +39,10 @@ def block_rows(columns: int) -> int:
 
 
 def stage_rows(features: int, columns: int) -> int:
-    """Rows of a group: a stage takes a quarter of the sketch's bytes, or 4 MB. With few, Y is read and written often."""
+    """Rows of a group: a stage takes a quarter of the sketch's bytes, or 4 MB.
+
+    With fewer, Y would be read and written more often.
+    """
     return max(columns // 2, _STAGE_VALUES // features, 1)
 
 
@@ -220,7 +223,7 @@ def waiting_groups(columns: int) -> int:
 
 
 def sketch_bytes(features: int, columns: int, staged: int | None = None) -> int:
-    """Bytes that an accumulator of a sketch holds at most: sums, waiting means, and a stage, of float64 rows if it must."""
+    """Bytes that an accumulator of a sketch holds at most: sums, waiting means, a stage, of float64 rows if it must."""
     sums = sketch_size(features, columns) + (2 * features + 1) * (waiting_groups(columns) + 1)
     return 8 * sums + (8 * stage_rows(features, columns) * features if staged is None else staged)
 

@@ -335,8 +335,9 @@ class CovarianceStore(WindowStore):
         latest = answers.find_latest(self, layer, phase)
         if self.config.sketching.columns(latest.mean.size):
             raise OptionError(
-                f"layer {layer} has {latest.mean.size} features, more than max_features={self.config.max_features}, and "
-                f"is sketched: there is no covariance of it, spectrum() has the head of its spectrum; raise max_features"
+                f"layer {layer} has {latest.mean.size} features, more than max_features={self.config.max_features}, "
+                f"and is sketched: there is no covariance of it; spectrum() has the head of its spectrum; raise "
+                f"max_features for all of it"
             )
         return unpack_triangle(latest.packed, latest.mean.size, divisor=latest.weight or 1.0)
 

@@ -74,7 +74,9 @@ def _sketched_row(
         with_vectors=sample is not None,
     )
     known = nystrom.head_statistics(top, features, config.threshold, config.thresholds, config.stats)
-    embedded = sample is not None and top.vectors is not None
+    points = None
+    if sample is not None and top.vectors is not None:
+        points = reservoir.along(sample.rows, found.mean, top.vectors)
     return LayerRow(
         layer=layer.name,
         layer_type=layer.layer_type,
@@ -86,7 +88,7 @@ def _sketched_row(
         stats=known.values,
         eigenvalues=top.eigenvalues,
         mean=found.mean.copy(),
-        embedding=reservoir.along(sample.rows, found.mean, top.vectors) if embedded else None,
+        embedding=points,
         thresholds=config.thresholds,
         intrinsic_dimensionalities=known.dimensions,
         sketched=True,
