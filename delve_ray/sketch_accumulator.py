@@ -156,7 +156,7 @@ class SketchAccumulator(Accumulator):
         right = self._after(rows)
         for first, last in self._blocks_of_features():
             part = rows[:, first:last]
-            self._diagonal[first:last].addcmul_(part.square().sum(0, dtype=torch.float64), scale, value=weight)
+            self._diagonal[first:last].addcmul_(part.square().sum(0).double(), scale, value=weight)
             # With `out=` autocast leaves the product alone.
             block = empty((last - first, self.columns), rows.dtype, rows.device)
             with ieee_products(rows.device):
@@ -167,7 +167,8 @@ class SketchAccumulator(Accumulator):
         """rows·Ω, (n, k), in the rows' dtype."""
         columns, values = _test_matrix(self.features, self.columns, rows.device)
         found = empty((len(rows), self.columns), rows.dtype, rows.device).zero_()
-        dense = empty((block_rows(self.columns), self.columns), rows.dtype, rows.device)
+        height = min(block_rows(self.columns), self.features)
+        dense = empty((height, self.columns), rows.dtype, rows.device)
         with ieee_products(rows.device):
             for first, last in self._blocks_of_features():
                 block = dense[: last - first].zero_()

@@ -26,8 +26,8 @@ from delve_ray.analysis.plots.canvas import (
 from delve_ray.analysis.plots.choices import KEYS, choose_layers, only_run, select, step_of, windows_of
 from delve_ray.analysis.windows import network_order
 from delve_ray.errors import OptionError
-from delve_ray.schema import F64
 from delve_ray.nystrom import Head
+from delve_ray.schema import F64
 from delve_ray.spectrum import check_thresholds, intrinsic_dimensionality, noise_edge
 
 if TYPE_CHECKING:
