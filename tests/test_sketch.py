@@ -1,4 +1,4 @@
-"""Sketches of scatters: the same Ω everywhere, exact under any split of the rows, and lengths that tell what they are."""
+"""Sketches of scatters: the same Ω everywhere, exact under any split of the rows, told by their lengths."""
 
 from __future__ import annotations
 

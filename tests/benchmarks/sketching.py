@@ -87,28 +87,29 @@ def _sketched(rows: torch.Tensor, size: int) -> F64:
 def cost(features: int, size: int, batches: int) -> None:
     """Print what one width takes: run in a process of its own."""
     before = _peak()
-    rows = torch.randn(_ROWS, features)
-    accumulator = SketchAccumulator(features, size, Workspace(torch.device("cpu")))
-    accumulator.add(rows)  # the first one makes Ω and takes the memory
-    times = [_seconds(lambda: accumulator.add(rows)) for _ in range(batches)]
-    buffer = np.empty(accumulator.moments_size)
-    drained = _seconds(lambda: accumulator.drain_into(buffer))
-    held = accumulator.held_bytes
-    worker = _peak() - before - rows.nbytes
-    del accumulator
+    buffer, of_worker = _worker(features, size, batches)
+    worker = _peak() - before
     total, n = SketchTotal(features, size), _ROWS * (batches + 1)
     mean, packed = buffer[:features], buffer[features:]
     total.add(n, mean, packed)
     merged = _seconds(lambda: total.add(n, mean, packed))
     folded = _seconds(total.result)
     published = _seconds(lambda: head(total.result()[2], features, 2.0 * n, samples=2 * n))
-    triangle = 4 * features * (features + 1)
-    print(
-        f"| {features:,} | {size} | {np.median(times):.2f} | {drained:.2f} | {merged:.2f} | {folded:.2f} | "
-        f"{published:.1f} | {8 * sketch_size(features, size) / _MIB:,.0f} | {held / _MIB:,.0f} | {worker / _MIB:,.0f} | "
-        f"{(_peak() - before) / _MIB:,.0f} | {triangle / _MIB:,.0f} |",
-        flush=True,
-    )
+    sizes = [8 * sketch_size(features, size), worker, _peak() - before, 4 * features * (features + 1)]
+    times = [*of_worker, merged, folded, published]
+    cells = [f"{features:,}", f"{size}", *(f"{each:.2f}" for each in times), *(f"{each / _MIB:,.0f}" for each in sizes)]
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def _worker(features: int, size: int, batches: int) -> tuple[F64, tuple[float, float]]:
+    """What a worker sends, and the seconds of a batch and of packing."""
+    rows = torch.randn(_ROWS, features)
+    accumulator = SketchAccumulator(features, size, Workspace(torch.device("cpu")))
+    accumulator.add(rows)  # the first one makes Ω and takes the memory
+    times = [_seconds(lambda: accumulator.add(rows)) for _ in range(batches)]
+    buffer = np.empty(accumulator.moments_size)
+    drained = _seconds(lambda: accumulator.drain_into(buffer))
+    return buffer, (float(np.median(times)), drained)
 
 
 def _seconds(call: Callable[[], object]) -> float:
@@ -137,9 +138,9 @@ def main() -> None:
     if options.part == "one":
         cost(widths[0], sizes[0], options.batches)
         return
-    print("| d | k | batch, s | drain, s | merge, s | fold, s | publish, s | sketch, MiB | accumulator, MiB | ", end="")
+    print("| d | k | batch, s | pack, s | merge, s | fold, s | publish, s | sketch, MiB | ", end="")
     print("peak of a worker, MiB | peak of all, MiB | triangle, MiB |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for width in widths:
         for size in sizes:
             command = [sys.executable, "-m", "tests.benchmarks.sketching", "one", "--batches", str(options.batches)]
