@@ -47,7 +47,7 @@ def stage_rows(features: int, columns: int) -> int:
 
 
 @lru_cache(maxsize=8)
-def _test_matrix(features: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _on_device(features: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Columns and values of Ω's entries on a device, (d, ζ) int64 and float64."""
     found = omega(features, columns)
     with torch.inference_mode(False):
@@ -72,6 +72,8 @@ class SketchAccumulator(Accumulator):
         self._lane: Lane = workspace.lane
         with self._lane.work():
             super().__init__(features, workspace, precision)
+            # Copied once, on the side stream, so that this waits for nothing of the training.
+            self._omega = _on_device(features, columns, workspace.device)
         self._capacity = stage_rows(features, columns)
         self._stage: Tensor | None = None
         self._keep: Tensor | None = None
@@ -165,7 +167,7 @@ class SketchAccumulator(Accumulator):
 
     def _after(self, rows: Tensor) -> Tensor:
         """rows·Ω, (n, k), in the rows' dtype."""
-        columns, values = _test_matrix(self.features, self.columns, rows.device)
+        columns, values = self._omega
         found = empty((len(rows), self.columns), rows.dtype, rows.device).zero_()
         height = min(block_rows(self.columns), self.features)
         dense = empty((height, self.columns), rows.dtype, rows.device)
