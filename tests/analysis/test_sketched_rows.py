@@ -128,7 +128,8 @@ def test_a_diagnosis_says_nothing_that_a_head_does_not_tell() -> None:
 
 def test_tables_comparisons_and_exports_take_them(run: str, tmp_path: Path) -> None:
     spectra = read_spectra(run)
-    assert "unseen" in layer_table(spectra, step=1)
+    said = "train: sketched, with bounds of the saturation: seen 8% to 8%, unseen 8% to 92%"
+    assert said in layer_table(spectra, step=1).splitlines()
     other = {"a": spectra, "b": spectra}
     assert [row["difference"] for row in compare(other).to_pylist() if row["layer"] == "seen"] == [0.0, 0.0]
     assert b"saturation_high" in spectra_csv(spectra)
