@@ -130,8 +130,8 @@ def test_a_wide_layer_is_sketched_by_all_workers_and_shards(workers: Any, savefi
     (row,) = delve_ray.read_spectra(savefile).to_pylist()
     exact = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1]
     assert (row["sketched"], row["samples"], row["eigenvalues"]) == (True, 200, head.tolist())
-    # Two workers, two models of four inputs: eight directions.
-    np.testing.assert_allclose(head, exact[:8], rtol=1e-3)
+    # Two workers, two models of four inputs, and the distance of their biases: nine directions.
+    np.testing.assert_allclose(head, exact[:9], rtol=1e-3)
     assert row["trace"] == pytest.approx(exact.sum(), rel=1e-6)
 
 
