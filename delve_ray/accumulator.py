@@ -28,6 +28,7 @@ from delve_ray.workspace import Workspace, block_plan, zeros
 
 if TYPE_CHECKING:
     from delve_ray.device_reservoir import DeviceReservoir
+    from delve_ray.groups import Group
 
 NARROW = 16
 """Below this many features a product is memory bound, and BLAS sums it naively (5e-5 of λ1 at 2^18 rows): it is
@@ -57,14 +58,12 @@ class Accumulator:
         self.features = features
         self.workspace = workspace
         self.precision = torch.float64 if features < NARROW else precision
-        self._plan = block_plan(features)
-        self._sums = zeros(self._plan.size, workspace.device)
-        self._blocks = self._plan.views(self._sums)
+        self._groups = self._make_sums()
         # Row 0 is the group of everything folded so far; a count is the group's rows times their weight, a
         # residual is r/n, see the module's head.
-        self._counts = zeros(self._plan.groups + 1, workspace.device)
-        self._means = zeros((self._plan.groups + 1, features), workspace.device)
-        self._residuals = zeros((self._plan.groups + 1, features), workspace.device)
+        self._counts = zeros(self._groups + 1, workspace.device)
+        self._means = zeros((self._groups + 1, features), workspace.device)
+        self._residuals = zeros((self._groups + 1, features), workspace.device)
         self._waiting = 0
         # Stays set when an interrupt, or no memory, parts a sum from its count; then nothing is added any more.
         self.adding = False
@@ -72,6 +71,13 @@ class Accumulator:
         """A sample of the same rows, where one is asked for; who adds offers them to it, too."""
         self._rows: Tensor | int = zeros((), workspace.device, torch.int64)
         self._dropped: Tensor | int = zeros((), workspace.device, torch.int64)
+
+    def _make_sums(self) -> int:
+        """Take the memory of the sums. Returns how many groups may wait."""
+        self._plan = block_plan(self.features)
+        self._sums = zeros(self._plan.size, self.workspace.device)
+        self._blocks = self._plan.views(self._sums)
+        return self._plan.groups
 
     def add(self, rows: Tensor, keep: Tensor | None = None, weight: float = 1.0) -> None:
         """Add rows of shape (…, D); with `keep`, boolean of shape (…), only those where it is True.
@@ -96,10 +102,19 @@ class Accumulator:
 
     def _slot(self) -> int:
         """Index of the next group, after folding the waiting ones if there is no room."""
-        if self._waiting == self._plan.groups:
+        if self._waiting == self._groups:
             self._fold()
         self._waiting += 1
         return self._waiting
+
+    def _note(self, group: Group, weight: float) -> None:
+        """Note a group's mean and rows, once its product is in the sums."""
+        slot = self._slot()
+        self._rows += group.n
+        self._dropped += group.dropped
+        self._counts[slot] = group.n.double() * weight
+        self._residuals[slot] = group.residual
+        self._means[slot] = group.mean
 
     def _fold(self) -> None:
         """Fold the waiting groups' means and residuals into the sums and into group 0."""
@@ -115,38 +130,49 @@ class Accumulator:
         weight = counts.sqrt()[:, None]
         between = (means - mean) * weight
         rounding = residuals * weight
-        left, right = torch.cat([between, rounding]), torch.cat([between, -rounding])
-        for (first, height, _), block in zip(self._plan.blocks, self._blocks, strict=True):
-            block.addmm_(left[:, first : first + height].t(), right[:, first:])
+        self._add_product(torch.cat([between, rounding]), torch.cat([between, -rounding]))
         self._counts.zero_()
         self._residuals.zero_()
         self._counts[0] = total
         self._means[0] = mean
         self._waiting = 0
 
+    def _add_product(self, left: Tensor, right: Tensor) -> None:
+        """Add leftᵀ·right to the sums, float64 matrices of D columns whose product is symmetric."""
+        for (first, height, _), block in zip(self._plan.blocks, self._blocks, strict=True):
+            block.addmm_(left[:, first : first + height].t(), right[:, first:])
+
     # --- reading -----------------------------------------------------------------------------------------
+
+    @property
+    def moments_size(self) -> int:
+        """Values that `drain_into` writes."""
+        return self.features + triangle_size(self.features)
 
     def _finish(self) -> None:
         """Reduce what still waits; called by the sender's thread."""
 
     def drain_into(self, buffer: F64, workspace: Workspace | None = None) -> Drained:
-        """Write mean (d) and packed scatter (d(d+1)/2) into `buffer`.
+        """Write mean (d) and packed scatter (d(d+1)/2) into `buffer`, of `moments_size`.
 
         Called by the packer's thread, on an accumulator that no hook can reach any more, with scratch memory of that
         thread's own. Waits for the device; the accumulator is used up.
         """
         if workspace is not None and workspace.device == self.workspace.device:
             self.workspace = workspace
-        expected = self.features + triangle_size(self.features)
-        if buffer.shape != (expected,):
+        if buffer.shape != (self.moments_size,):
             raise ValueError(
-                f"the buffer has shape {buffer.shape}, moments of {self.features} features need ({expected},)"
+                f"the buffer has shape {buffer.shape}, moments of {self.features} features need ({self.moments_size},)"
             )
         self._finish()
         self._fold()
         sums, mean, n, dropped, weight = self._read()
         buffer[: self.features] = mean
-        packed = buffer[self.features :]
+        self._pack(sums, buffer[self.features :])
+        return Drained(n, dropped, weight)
+
+    def _pack(self, sums: F64, packed: F64) -> None:
+        """Write the sums in packed form."""
         # What centring a constant feature rounds may be taken away once too often: -1e-30 for a variance of 0.
         sums[self._plan.diagonal] = np.maximum(sums[self._plan.diagonal], 0.0)
         start = 0
@@ -155,7 +181,6 @@ class Accumulator:
             size = triangle_size(height) + height * (width - height)
             pack_block(block.numpy(), packed[start : start + size])
             start += size
-        return Drained(n, dropped, weight)
 
     def _read(self) -> tuple[F64, F64, int, int, float]:
         """On the host: sums, mean, rows, rows left out and the rows' weight."""
@@ -163,7 +188,7 @@ class Accumulator:
 
     def moments(self) -> Moments:
         """The moments so far, as float64 on the host; uses the accumulator up like `drain_into`."""
-        buffer = np.empty(self.features + triangle_size(self.features))
+        buffer = np.empty(self.moments_size)
         n = self.drain_into(buffer).n
         return Moments.from_packed(n, buffer[: self.features], buffer[self.features :])
 

@@ -21,6 +21,7 @@ from delve_ray.integrations.ray_train import TrainWorker, current_worker, resolv
 from delve_ray.integrations.trial import Trial, current_trial
 from delve_ray.precision import PRODUCT_EPS
 from delve_ray.recorder import RecorderOptions
+from delve_ray.sketch import usable_sketch_size
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile, is_absolute
 from delve_ray.store.core import CovarianceStore
@@ -301,6 +302,8 @@ def choose(
     nosave: bool,
     verbose: bool = False,
     num_shards: int | str | None = None,
+    max_features: int | None = None,
+    sketch_size: int | None = None,
 ) -> StoreConfig:
     """How the run is published, with the user's choices; what is left out is as in a given store, else the default.
 
@@ -319,6 +322,10 @@ def choose(
         config = replace(config, stats=resolve_stats(stats))
     if num_shards is not None:
         config = replace(config, num_shards=check_shards(num_shards))
+    if max_features is not None:
+        config = replace(config, max_features=check_integer("max_features", max_features, at_least=1))
+    if sketch_size is not None:
+        config = replace(config, sketch_size=usable_sketch_size(sketch_size))
     if embed_rows is not None:
         config = replace(config, embed_rows=embed_rows)
     if sat_threshold is not None:

@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from delve_ray.accumulator import FLOAT32_MAX, LARGEST, Accumulator
+from delve_ray.accumulator import Accumulator
 from delve_ray.chunks import chunk_rows
 from delve_ray.cuda.lane import Lane, follow, kernels
+from delve_ray.groups import centre_group
 from delve_ray.moments import F64
 from delve_ray.staging import Stage, cut, stage_bytes, stage_rows
 from delve_ray.workspace import Workspace, ieee_products, zeros
 
-_GRID_ROWS = 128
-"""Rows from which a device learns how coarse a centre may be."""
-_LARGEST_SCALING = 100
-"""Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
 _PRODUCTS = {"float32": 0, "float64": 0, "tf32": 1, "bfloat16": 2}
 """How the kernels multiply, by the name of the option `precision`."""
 
@@ -173,42 +170,15 @@ class DeviceAccumulator(Accumulator):
             self._folded = 0
 
     def _add_group(self, x: Tensor, weight: float, keep: Tensor | None = None) -> None:
-        """Reduce a group.
-
-        Rows are scaled by a power of two before they are squared, so that no float32 product overflows or
-        vanishes, and the product is scaled back in float64.
-        """
+        """Reduce a group."""
         dtype = torch.float64 if x.dtype == torch.float64 else self.precision
         rows = self.workspace.rows(x.shape, dtype).copy_(x).view(-1, self.features)
-        largest = LARGEST if dtype == torch.float64 else FLOAT32_MAX
-        good = (rows.abs() <= largest).all(dim=1, keepdim=True)
-        if keep is None:
-            n = good.sum(dtype=torch.int64)
-            self._dropped += rows.shape[0] - n
-        else:
-            kept, good = keep.sum(dtype=torch.int64), good & keep[:, None]
-            n = good.sum(dtype=torch.int64)
-            self._dropped += kept - n
-        rows.masked_fill_(~good, 0.0)
-        exponent = torch.frexp(rows.abs().amax())[1].clamp(min=-_LARGEST_SCALING)
-        down = torch.ldexp(torch.ones((), dtype=dtype, device=x.device), -exponent)
-        rows.mul_(down)
-        at_least_one = n.clamp(min=1)
-        # Summed in float64, so that the mean of identical rows is that row.
-        centre = (rows.sum(0, dtype=torch.float64) / at_least_one).to(dtype)
-        centre = _on_grid(centre, rows[:_GRID_ROWS], good[:_GRID_ROWS])
-        rows.sub_(centre).masked_fill_(~good, 0.0)
-        residual = rows.sum(0).double() / at_least_one
+        group = centre_group(rows, keep, wide=dtype == torch.float64)
         blocks = self._product(rows)
-        up = torch.ldexp(torch.ones((), dtype=torch.float64, device=x.device), exponent)
         self.adding = True
         for total, block in zip(self._blocks, blocks, strict=True):
-            total.addcmul_(block.double(), up * up, value=weight)
-        slot = self._slot()
-        self._rows += n
-        self._counts[slot] = n.double() * weight
-        self._residuals[slot] = residual * up
-        self._means[slot] = (residual + centre) * up
+            total.addcmul_(block.double(), group.up * group.up, value=weight)
+        self._note(group, weight)
         self.adding = False
 
     def _product(self, centred: Tensor) -> list[Tensor]:
@@ -252,17 +222,3 @@ class DeviceAccumulator(Accumulator):
 def _staging_bytes(features: int) -> int:
     """Bytes of a stage and of the mask of its rows."""
     return stage_bytes(features) + stage_rows(features, 1)
-
-
-def _on_grid(centre: Tensor, rows: Tensor, good: Tensor) -> Tensor:
-    """The centre, rounded to a power of two below an eighth of each feature's spread among some rows.
-
-    Values of few digits, as half precision has far from zero, then differ from it by few digits, too, and
-    float32 sums of their products are exact, where an arbitrary centre makes them round alike at every step.
-    A feature that does not vary keeps its centre, so that its variance is 0.
-    """
-    differences = (rows - centre).masked_fill_(~good, 0.0)
-    spread = (differences.square().sum(0) / good.sum().clamp(min=1)).sqrt()
-    exponent = torch.frexp(spread)[1].clamp(min=-60) - 4
-    grid = torch.ldexp(torch.ones_like(spread), exponent)
-    return torch.where(spread > 0, torch.round(centre / grid) * grid, centre)

@@ -274,11 +274,11 @@ class PackedTotal:
 
     __slots__ = ("_means", "_weights", "features", "n", "packed", "weight")
 
-    def __init__(self, features: int) -> None:
+    def __init__(self, features: int, size: int | None = None) -> None:
         self.features = features
         self.n = 0
         self.weight = 0.0
-        self.packed = np.zeros(triangle_size(features))
+        self.packed = np.zeros(triangle_size(features) if size is None else size)
         self._weights: list[float] = []
         self._means: list[F64] = []
 
@@ -300,7 +300,7 @@ class PackedTotal:
 
     def copy(self) -> PackedTotal:
         """An independent copy, for work outside the lock that guards this one."""
-        twin = PackedTotal.__new__(PackedTotal)
+        twin = type(self).__new__(type(self))
         twin.features, twin.n, twin.weight, twin.packed = self.features, self.n, self.weight, self.packed.copy()
         twin._weights, twin._means = list(self._weights), list(self._means)
         return twin
@@ -319,7 +319,11 @@ class PackedTotal:
         means = np.stack(self._means)
         # No product of BLAS either, see `_PRODUCT`.
         mean = means[0] + np.einsum("k,kd->d", weights / weights.sum(), means - means[0])
-        scaled = (means - mean) * np.sqrt(weights)[:, None]
+        self._add_groups((means - mean) * np.sqrt(weights)[:, None])
+        self._weights, self._means = [self.weight], [mean]
+
+    def _add_groups(self, scaled: F64) -> None:
+        """Add Σ_k s_k s_kᵀ, where the s_k are the rows."""
         scratch = np.empty(min(_FOLD_ROWS, self.features) * self.features)
         width = max(1, _PRODUCT // (_FOLD_ROWS * len(scaled)))
         for first, rows, part in row_blocks(self.features, _FOLD_ROWS):
@@ -329,4 +333,3 @@ class PackedTotal:
                 stop = start + width
                 np.matmul(left, scaled[:, first:][:, start:stop], out=block[:, start:stop])
             add_block(self.packed[part], block)
-        self._weights, self._means = [self.weight], [mean]

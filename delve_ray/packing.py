@@ -14,7 +14,7 @@ from delve_ray.recorder import Harvest
 from delve_ray.reservoir import Reservoir, pack
 from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
-from delve_ray.store.protocol import Delta, Source, moments_size
+from delve_ray.store.protocol import Delta, Source
 from delve_ray.workspace import Workspace
 from delve_ray.writers.base import Scalar
 
@@ -52,7 +52,7 @@ class Packer:
     def __call__(self, item: Pending, source: Source, attempt: int, seq: int) -> tuple[Delta, F64]:
         """Wait for the device and pack all layers into one buffer; each accumulator is freed once it is packed."""
         keys = sorted(item.harvest)
-        buffer = np.empty(sum(moments_size(item.harvest[key].features) for key in keys))
+        buffer = np.empty(sum(item.harvest[key].moments_size for key in keys))
         entries, weights = [], []
         reservoirs: list[tuple[int, int, Reservoir]] = []
         widths: dict[int, int] = {}
@@ -60,7 +60,7 @@ class Packer:
         for index, phase in keys:
             accumulator = item.harvest.pop((index, phase))
             features = accumulator.features
-            size = moments_size(features)
+            size = accumulator.moments_size
             n, nonfinite, weight = accumulator.drain_into(buffer[start : start + size], self._workspace)
             reservoir = None if accumulator.reservoir is None else accumulator.reservoir.drain()
             if n or nonfinite:

@@ -37,6 +37,8 @@ from delve_ray.memory import known_widths, too_wide, worker_bytes
 from delve_ray.rows import Reader, Sampler, first_rows, last_steps
 from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
+from delve_ray.sketch import SketchRule
+from delve_ray.sketch_accumulator import SketchAccumulator
 from delve_ray.workspace import Workspace
 
 log = logging.getLogger(__name__)
@@ -65,8 +67,14 @@ class RecorderOptions:
     seed: int = 0
     max_overhead: float | None = None
     max_features: int = 8192
+    sketch_size: int = 0
     max_memory: int = 16 << 30
     embed_rows: int = 0
+
+    @property
+    def sketching(self) -> SketchRule:
+        """Which layers are sketched."""
+        return SketchRule(self.max_features, self.sketch_size)
 
 
 class Recorder:
@@ -298,7 +306,9 @@ class Recorder:
             workspace = self._workspaces.get(device)
             if workspace is None:
                 workspace = self._workspaces[device] = Workspace(device)
-            if device.type == "cpu":
+            if columns := self.options.sketching.columns(width):
+                accumulator = SketchAccumulator(width, columns, workspace, self.options.precision)
+            elif device.type == "cpu":
                 accumulator = HostAccumulator(width, workspace, self.options.precision)
             else:
                 accumulator = DeviceAccumulator(width, workspace, self.options.precision, self.options.products)
@@ -310,10 +320,13 @@ class Recorder:
 
     def _admit(self, index: int, width: int) -> int:
         """Take in a layer whose width its first forward tells, if it fits. Raises Unrecordable."""
+        rule = self.options.sketching
         if width > self.options.max_features:
-            raise Unrecordable(f"it {too_wide(width, self.options.max_features)}")
+            if not rule.size:
+                raise Unrecordable(f"it {too_wide(width, rule)}")
+            log.info("layer %s %s", self.layers[index].name, too_wide(width, rule))
         widths = [*known_widths(self.layers), *self._widths.values(), width]
-        needed = worker_bytes(widths, self.options.embed_rows)
+        needed = worker_bytes(widths, self.options.embed_rows, rule)
         if needed > self.options.max_memory:
             raise Unrecordable(
                 f"with its {width} features recording would take up to {needed} bytes in this worker, more than "

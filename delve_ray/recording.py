@@ -34,6 +34,5 @@ def recorder_options(given: Mapping[str, Any]) -> RecorderOptions:
         sample_fraction=check_fraction("sample_fraction", given["sample_fraction"]),
         seed=check_integer("seed", given["seed"], at_least=0),
         max_overhead=check_overhead(given["max_overhead"]),
-        max_features=check_integer("max_features", given["max_features"], at_least=1),
         max_memory=check_integer("max_memory", given["max_memory"], at_least=1),
     )

@@ -92,7 +92,11 @@ def embed(rows: F64, mean: F64, covariance: F64) -> F64:
     >>> embed(np.array([[3.0, 1.0], [0.0, 1.0]]), np.array([1.0, 1.0]), np.diag([4.0, 1.0])).tolist()
     [[2.0, 0.0], [-1.0, 0.0]]
     """
-    vectors = np.linalg.eigh(covariance, UPLO="U").eigenvectors[:, ::-1][:, :2]
+    return along(rows, mean, np.linalg.eigh(covariance, UPLO="U").eigenvectors[:, ::-1][:, :2])
+
+
+def along(rows: F64, mean: F64, vectors: F64) -> F64:
+    """Rows (k, D) along one or two eigenvectors (D, …), from the mean; all else as `embed`."""
     largest = np.abs(vectors).argmax(axis=0)
     vectors = vectors * np.where(vectors[largest, np.arange(vectors.shape[1])] < 0, -1.0, 1.0)
     coordinates: F64 = np.zeros((rows.shape[0], 2))

@@ -63,6 +63,11 @@ class LayerRow:
     `embedding` is float64 (k, 2): k of the rows in the coordinates of the two leading eigenvectors, or None.
     `thresholds` holds all δ where the run has several, `threshold` being the first of them, and
     `intrinsic_dimensionalities` the k(δ) of each; both are empty where there is only one.
+
+    Of a layer that is `sketched`, `eigenvalues` has the head of the spectrum alone, each a lower bound; no eigenvalue
+    is more than `unseen_variance`, the variance that the head lacks, above it. The saturation lies between
+    `saturation_low` and `saturation_high`; it, and k(δ), are in `stats` as their upper ends where the head explains the
+    share δ. Where there are several δ, the k(δ) are upper ends. These three are None for other layers.
     """
 
     layer: str
@@ -83,6 +88,9 @@ class LayerRow:
     thresholds: Sequence[float] = ()
     intrinsic_dimensionalities: Sequence[int] = ()
     sketched: bool = False
+    saturation_low: float | None = None
+    saturation_high: float | None = None
+    unseen_variance: float | None = None
 
     @property
     def mean_norm(self) -> float:
@@ -179,6 +187,9 @@ SPECTRA_SCHEMA = _versioned(
         pa.field("eigenvalues", pa.list_(pa.float64())),
         pa.field("mean_norm", pa.float64()),
         pa.field("sketched", pa.bool_()),
+        pa.field("saturation_low", pa.float64()),
+        pa.field("saturation_high", pa.float64()),
+        pa.field("unseen_variance", pa.float64()),
         pa.field("trial_config", pa.string()),
         pa.field("wall_time", pa.timestamp("us", tz="UTC")),
     ]

@@ -156,12 +156,13 @@ class Shipper:
 
     def _outbox_bytes(self) -> int:
         """Bytes of packed deltas that `worker_bytes` counts."""
-        return outbox_bytes(self._widths(), self.recorder.options.embed_rows)
+        options = self.recorder.options
+        return outbox_bytes(self._widths(), options.embed_rows, options.sketching)
 
     def _limit(self) -> int:
         """Bytes that may wait, packed or not, above the ones that `worker_bytes` counts."""
         options = self.recorder.options
-        return max(0, options.max_memory - worker_bytes(self._widths(), options.embed_rows))
+        return max(0, options.max_memory - worker_bytes(self._widths(), options.embed_rows, options.sketching))
 
     def flush(self, timeout: float, *, tell_every: float = float("inf")) -> bool:
         """Wait until all that is queued is in the store; False when that takes longer.

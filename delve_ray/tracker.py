@@ -108,7 +108,10 @@ class SaturationTracker:
         rank, world_size: This worker's place among the data-parallel ranks, whose rows differ.
         publish_every: Seconds between live rows (`final` = false) of an open window, or deliveries to `store`; 0: none.
         precision: Of the products: "float32" or "float64"; on a GPU also "tf32", "bfloat16". Sums are float64 always.
-        max_features: Layers wider than this are left out, with a warning: a covariance takes d² values.
+        max_features: Layers wider than this, 8192 by default, are sketched: a covariance takes d² values. Their rows
+            have the head of the spectrum, with bounds, see docs/wide-layers.md.
+        sketch_size: Columns k of such a sketch, which takes d·(k + 1) values; 1024 by default, rounded up to a
+            multiple of 8. 0 leaves these layers out, with a warning.
         max_memory: Bytes that recording may take in this worker, device and host together, while the store takes what
             it is sent; checked here, and for layers whose width a forward tells, there: then one is left out by name.
         resume: True goes on with the run that the savefile holds, as its next attempt; a name does so for ranks that
@@ -181,7 +184,8 @@ class SaturationTracker:
         publish_every: float = 30.0,
         precision: str = "float32",
         max_overhead: float | None = None,
-        max_features: int = 8192,
+        max_features: int | None = None,
+        sketch_size: int | None = None,
         max_memory: int = 16 << 30,
         layers: Sequence[str] | str | None = None,
         mask: MaskFunction | None = None,
@@ -227,14 +231,23 @@ class SaturationTracker:
             nosave=unsaved,
             verbose=shown,
             num_shards=num_shards,
+            max_features=max_features,
+            sketch_size=sketch_size,
         )
         self._source = identity.source()
-        options = replace(options, seed=options.seed + self._source.rank, embed_rows=config.rows_to_embed)
+        options = replace(
+            options,
+            seed=options.seed + self._source.rank,
+            embed_rows=config.rows_to_embed,
+            max_features=config.max_features,
+            sketch_size=config.sketch_size,
+        )
         tracked = fit_memory(
             selected,
             max_features=options.max_features,
             max_memory=options.max_memory,
             embed_rows=options.embed_rows,
+            sketch_size=options.sketch_size,
         )
         self._recorder = Recorder(tracked, options)
         try:

@@ -142,7 +142,7 @@ def test_a_layer_that_turns_out_too_wide_is_left_out_by_name(caplog: pytest.LogC
         assert {name: moments.n for (name, _), moments in harvested(recorder).items()} == {"2": 27}
     assert [record.message for record in caplog.records] == [
         "layer 0 is not recorded: it has 48 features and is left out; raise max_features=47 to record it "
-        f"({worker_bytes([48]) / 2**30:.1f} GiB)"
+        f"({worker_bytes([48]) / 2**30:.1f} GiB), or give a sketch_size"
     ]
 
 

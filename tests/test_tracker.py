@@ -415,7 +415,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "world without run": ({"world_size": 2}, OptionError, "run=None with world_size=2"),
     "store": ({"store": 3}, OptionError, "store=3"),
     "device": ({"device": "meta:x"}, OptionError, "device='meta:x'"),
-    "max_features": ({"max_features": 3}, OptionError, "max_features=3 leaves no layer"),
+    "max_features": ({"max_features": 3, "sketch_size": 0}, OptionError, "max_features=3 leaves no layer"),
+    "max_features is no number": ({"max_features": 0}, OptionError, "max_features=0"),
+    "sketch_size": ({"sketch_size": -8}, OptionError, "sketch_size=-8"),
+    "sketch_size is no number": ({"sketch_size": "many"}, OptionError, "sketch_size='many'"),
     "max_memory": ({"max_memory": 1000}, OptionError, "max_memory=1000 bytes"),
     "ignore": ({"ignore_layer_names": ["fc"]}, OptionError, "ignore_layer_names has .*fc"),
     "ignore all": ({"ignore_layer_names": ["0", "3", "5"]}, OptionError, "leave no layer to track"),
@@ -478,7 +481,8 @@ def test_an_unwritable_savefile_is_refused(tmp_path: Path) -> None:
 
 
 def test_wide_layers_are_left_out_by_name(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO), SaturationTracker(savefile, "parquet", cnn(), max_features=10) as tracker:
+    options = {"max_features": 10, "sketch_size": 0}
+    with caplog.at_level(logging.INFO), SaturationTracker(savefile, "parquet", cnn(), **options) as tracker:
         assert tracker.layers == ("0", "5")
     assert "layer 3 has 20 features and is left out; raise max_features=10" in caplog.text
     assert "recording 2 layers takes up to" in caplog.text

@@ -106,7 +106,8 @@ def export_npy(
 ) -> list[dict[str, Any]]:
     """Write eigenvalues, and covariances where the runs have them, as numpy's arrays into a new local folder.
 
-    Each run, phase and layer has a file `eigenvalues-<number>.npy` of shape (steps, d), descending, and, where there
+    Each run, phase and layer has a file `eigenvalues-<number>.npy` of shape (steps, d), descending, NaN from where
+    the head of a sketched layer ends, and, where there
     are covariances, `covariances-<number>.npy` of shape (steps, d, d), both float64. `index.json` says which is which:
     a list of objects with `file`, `run`, `phase`, `layer`, `features` and `steps`, one step for each entry along the
     first axis; that list is returned. A layer that changes its width has several files. Layer names are never part of a

@@ -15,6 +15,7 @@ from delve_ray.analysis.reading import Filters, read_covariances, read_spectra
 from delve_ray.analysis.run_files import COVARIANCES, RunPath, find_runs, list_files, take
 from delve_ray.errors import ReadError
 from delve_ray.moments import triangle_size, unpack_triangle
+from delve_ray.nystrom import Head, head_statistics
 from delve_ray.precision import PRODUCT_EPS
 from delve_ray.schema import EXTRA_STATS, F64, SCALAR_STATS, SPECTRA_SCHEMA
 from delve_ray.spectrum import FLOAT32_EPS, Statistics, check_thresholds, resolve_stats, statistics
@@ -62,7 +63,7 @@ def recompute(
         the run's products count as the store has counted them: run.json has the run's `product_eps`; without it, that
         of float32. `trace` is the stored one, which is the sum of the covariance's diagonal, or else the sum of the
         eigenvalues, which differs from it by rounding. A row without eigenvalues, or with one that is not finite, has
-        no statistics.
+        no statistics. A sketched row has those that the head of its spectrum supports, see `delve_ray.nystrom`.
 
     Raises:
         OptionError: a threshold or a name of a statistic that cannot be used.
@@ -149,7 +150,14 @@ def _row(
     deltas = own if thresholds is None else thresholds
     extra = [name for name in EXTRA_STATS if name in asked]
     found = Statistics({})
-    if eigenvalues is not None and np.isfinite(eigenvalues).all():
+    low = high = None
+    if row["sketched"]:
+        head = _head_of(row, eigenvalues)
+        if head is not None:
+            known = head_statistics(head, row["features"] or 0, deltas[0], deltas if len(deltas) > 1 else (), asked)
+            found = Statistics(known.values, intrinsic_dimensionalities=known.dimensions)
+            low, high = known.saturation_low, known.saturation_high
+    elif eigenvalues is not None and np.isfinite(eigenvalues).all():
         trace = row["trace"]
         mean, covariance = moments or (None, None)
         found = statistics(
@@ -174,7 +182,18 @@ def _row(
         "alpha_r2": found.alpha_r2,
         "alpha_from": found.alpha_from,
         "alpha_to": found.alpha_to,
+        "saturation_low": low,
+        "saturation_high": high,
     }
+
+
+def _head_of(row: Row, eigenvalues: F64 | None) -> Head | None:
+    """The head of a sketched layer's spectrum, as its row has it; None where that is not whole."""
+    unseen, features, samples = row["unseen_variance"], row["features"] or 0, row["samples"]
+    if eigenvalues is None or unseen is None or not np.isfinite([unseen, *eigenvalues]).all():
+        return None
+    trace = float(eigenvalues.sum()) + unseen if row["trace"] is None else row["trace"]
+    return Head(eigenvalues, trace, unseen, min(features, max(samples - 1, 0)) if samples else features)
 
 
 def _lists(column: pa.ChunkedArray) -> list[F64 | None]:

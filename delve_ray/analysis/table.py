@@ -23,6 +23,8 @@ COLUMNS = (
     *("workers", "world_size", "final", "threshold", "intrinsic_dimensionality", "saturation"),
 )
 """The columns of the spectra that `layer_table` needs."""
+OPTIONAL_COLUMNS = ("saturation_low", "saturation_high")
+"""Those that it shows where they are there."""
 _MIN_BAR, _MAX_BAR = 5, 20
 _RATIO = 6
 """Characters of n/d and a space; it is there where the bars keep `_MIN_BAR_BESIDE_RATIO`."""
@@ -61,7 +63,7 @@ def layer_table(
     """
     require_columns(spectra, COLUMNS)
     check_phase(phase)
-    spectra = spectra.select(COLUMNS)
+    spectra = spectra.select([*COLUMNS, *(name for name in OPTIONAL_COLUMNS if name in spectra.column_names)])
     runs = distinct(spectra.column("run"))
     if not runs:
         return NOTHING_YET
@@ -324,6 +326,13 @@ def _notes(windows: Mapping[str, Mapping[str, Row]], with_ratio: bool) -> list[s
         if left_out:
             notes.append(f"{phase}: non-finite rows left out: {_first(left_out)}")
         scarce = {layer: _ratio(_samples_per_feature(row)) for layer, row in layers.items() if _undersampled(row)}
+        sketched = {
+            layer: f"{row['saturation_low']:.0%} to {row['saturation_high']:.0%}"
+            for layer, row in layers.items()
+            if row.get("saturation_low") is not None and row.get("saturation_high") is not None
+        }
+        if sketched:
+            notes.append(f"{phase}: sketched, with bounds of the saturation: {_first(sketched)}")
         if scarce:
             notes.append(f"{phase}: undersampled, n/d is below 1: {_first(scarce)}")
     return notes

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from delve_ray.analysis.keys import matching
 from delve_ray.analysis.reading import read_spectra
-from delve_ray.analysis.table import COLUMNS, layer_table, printable
+from delve_ray.analysis.table import COLUMNS, OPTIONAL_COLUMNS, layer_table, printable
 from delve_ray.analysis.windows import distinct, select_windows, steps_of
 from delve_ray.cli.output import described, fail_run, found_runs, show, show_json, text_width
 from delve_ray.errors import ReadError
@@ -51,7 +51,7 @@ def summarize(paths: list[str], as_json: bool, step: int | None, phase: str | No
 
 def _each_run(run: Storage) -> list[pa.Table]:
     """What the table of layers needs of a directory; one table per run name, an empty one where there is no row."""
-    table = read_spectra(run, columns=COLUMNS)
+    table = read_spectra(run, columns=[*COLUMNS, *OPTIONAL_COLUMNS])
     return [matching(table, run=name) for name in distinct(table.column("run"))] or [table]
 
 

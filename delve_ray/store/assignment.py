@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delve_ray.store.protocol import LayerInfo, moments_size
+from delve_ray.sketch import WHOLE, SketchRule
+from delve_ray.store.protocol import LayerInfo
 
 
-def assign(layers: Sequence[LayerInfo], num_shards: int) -> list[int]:
+def assign(layers: Sequence[LayerInfo], num_shards: int, rule: SketchRule = WHOLE) -> list[int]:
     """The shard of each layer: the costliest first, each to the shard that has the least so far.
 
-    A layer costs what its moments take, about d²/2. Nobody is more than a third above the best assignment there is
-    (Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17, 1969). Layers of unknown width come
-    last, and are spread evenly. The same layers have the same shards in every process.
+    A layer costs what its moments take, about d²/2, or what its sketch does by `rule`. Nobody is more than a third
+    above the best assignment there is (Graham, Bounds on multiprocessing timing anomalies, SIAM J. Appl. Math. 17,
+    1969). Layers of unknown width come last, and are spread evenly. The same layers have the same shards in every
+    process.
 
     >>> assign([LayerInfo(name, "Linear", width) for name, width in zip("abcd", (8, 64, 32, 48))], 2)
     [1, 0, 1, 1]
     """
     load = [(0, 0, shard) for shard in range(num_shards)]  # what it has, of how many layers
     shards = [0] * len(layers)
-    cost = [0 if layer.features is None else moments_size(layer.features) for layer in layers]
+    cost = [0 if layer.features is None else rule.moments_size(layer.features) for layer in layers]
     for index in sorted(range(len(layers)), key=lambda index: (-cost[index], index)):
         held, count, shard = min(load)
         load[shard] = held + cost[index], count + 1, shard

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from delve_ray.errors import DeltaRefused, StoreError, StoreLost, UnknownSource
 from delve_ray.moments import F64
+from delve_ray.sketch import WHOLE, SketchRule
 from delve_ray.store.door import check_delta
 from delve_ray.store.merging import combine
 from delve_ray.store.protocol import (
@@ -70,7 +71,8 @@ class Combiner:
 
     A bundle goes when every rank that is known from its calls waits here, when its first delta has waited `patience`
     seconds, or when one more would exceed `most_bytes`. While one is on its way the next gathers. The calling threads
-    do the work, one at a time. `embed_rows` is the store's bound of a layer's sample of rows.
+    do the work, one at a time. `embed_rows` is the store's bound of a layer's sample of rows,
+    `rule` its rule for sketches.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Combiner:
         store: Store,
         layers: Sequence[LayerInfo],
         embed_rows: int,
+        rule: SketchRule = WHOLE,
         *,
         patience: float = COMBINE_S,
         most_bytes: int = COMBINE_BYTES,
@@ -85,6 +88,7 @@ class Combiner:
         self.store = store
         self.layers = list(layers)
         self.embed_rows = embed_rows
+        self.rule = rule
         self.patience = patience
         self.most_bytes = most_bytes
         self.called = time.monotonic()
@@ -115,7 +119,7 @@ class Combiner:
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """The store's answer to a delta, see `protocol.Store.take`, whose errors are raised here."""
         try:
-            widths = check_delta(delta, buffer, delta.source.run, self.layers)
+            widths = check_delta(delta, buffer, delta.source.run, self.layers, self.rule)
         except DeltaRefused:  # the store says what is wrong
             widths = None
         call = _Call(delta, buffer, widths, time.monotonic())
@@ -209,7 +213,7 @@ class Combiner:
         """
         try:
             deltas = [(call.delta, call.buffer, call.widths or []) for call in group]
-            return self.store.take_bundle(*combine(deltas, self.embed_rows))
+            return self.store.take_bundle(*combine(deltas, self.embed_rows, self.rule))
         except DeltaRefused as error:
             log.warning("a bundle of %d deltas was not taken (%s); they are sent one by one", len(group), error)
             return [None] * len(group)

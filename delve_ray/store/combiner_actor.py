@@ -41,9 +41,10 @@ class CombinerActor:
     def __init__(self, run: str, handle: Any, layers: Sequence[LayerInfo]) -> None:
         self._run = run
         self._store = connect(handle)
+        settings = self._store.settings()
         if isinstance(self._store, ShardedStore):
-            self._store.know(layers)
-        self._combiner = Combiner(self._store, layers, self._store.settings().rows_to_embed)
+            self._store.know(layers, settings)
+        self._combiner = Combiner(self._store, layers, settings.rows_to_embed, settings.sketching)
         self._over = threading.Event()
         threading.Thread(target=self._end_when_unused, name="delve_ray-reaper", daemon=True).start()
 

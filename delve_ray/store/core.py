@@ -5,7 +5,7 @@ Deltas are merged under a lock per layer; the bookkeeping is under one lock, see
 Memory: 4d² bytes per layer and phase of each open window, twice that while it is published live or saved, and 4d²
 more for the last published window, which answers `covariance` and `spectrum`. A window that waits for a late rank lies
 in a file. Of each layer that is being decomposed, 24d² bytes: one, or as many as `publisher.DECOMPOSING_BYTES` has room
-for where the store has cores to itself.
+for where the store has cores to itself. A layer that is sketched with k columns takes 8d(k + 1) bytes in place of 4d².
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from dataclasses import replace
 from typing import Any
 
 from delve_ray import spectrum
+from delve_ray.errors import OptionError
 from delve_ray.moments import F64, unpack_triangle
+from delve_ray.nystrom import head
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import Attempt
 from delve_ray.store.door import check_held, check_source
@@ -165,13 +167,22 @@ class CovarianceStore(IntakeStore):
         """The last published population covariance of a layer, float64, shape (d, d).
 
         Raises KeyError for a layer, phase or combination of which nothing has been published since the store was
-        started.
+        started, OptionError for a layer that is sketched and has none.
         """
         latest = answers.find_latest(self, layer, phase)
+        if self.config.sketching.columns(latest.mean.size):
+            raise OptionError(
+                f"layer {layer} has {latest.mean.size} features, more than max_features={self.config.max_features}, "
+                f"and is sketched: there is no covariance of it; spectrum() has the head of its spectrum; raise "
+                f"max_features for all of it"
+            )
         return unpack_triangle(latest.packed, latest.mean.size, divisor=latest.weight or 1.0)
 
     def spectrum(self, layer: str, phase: str) -> F64:
-        """The eigenvalues of `covariance`, float64, descending."""
+        """The eigenvalues of `covariance`, float64, descending; of a sketched layer, those that its row has."""
+        latest = answers.find_latest(self, layer, phase)
+        if self.config.sketching.columns(latest.mean.size):
+            return head(latest.packed, latest.mean.size, latest.weight, self.config.product_eps).eigenvalues
         return spectrum.eigenvalues(self.covariance(layer, phase))
 
     @property

@@ -15,7 +15,8 @@ from delve_ray.errors import DeltaRefused
 from delve_ray.moments import F64, diagonal_places
 from delve_ray.reservoir import UNBOUNDED, packed_size
 from delve_ray.schema import PHASES
-from delve_ray.store.protocol import Bundle, Delta, Held, LayerInfo, Source, checksum, moments_size
+from delve_ray.sketch import WHOLE, SketchRule
+from delve_ray.store.protocol import Bundle, Delta, Held, LayerInfo, Source, checksum
 from delve_ray.store.scanning import scan
 from delve_ray.writers.base import Scalar
 
@@ -41,7 +42,7 @@ def refusal(delta: Delta, what: str) -> DeltaRefused:
     )
 
 
-def check_delta(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]) -> list[int]:
+def check_delta(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo], rule: SketchRule = WHOLE) -> list[int]:
     """Turn away whatever cannot be moments of this run's layers. Returns the width of each entry.
 
     What comes out of another process may be of any type, and unfinished: nothing of it is called or compared before
@@ -49,25 +50,25 @@ def check_delta(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]) 
 
     Checks the types and ranges of the header, the run, the entries (layer, phase, counts, weights, repetitions), the
     scalars, the buffer (dtype, shape, finite), what makes a scatter one (no negative diagonal; nothing at all without
-    observations), and last the checksum, which notices a changed bit that all of this lets pass.
-    Raises DeltaRefused.
+    observations), and last the checksum, which notices a changed bit that all of this lets pass. `rule` says which
+    layers' scatters are sketches. Raises DeltaRefused.
     """
     with _refusing():
-        return _check_delta(delta, buffer, run, layers)
+        return _check_delta(delta, buffer, run, layers, rule)
 
 
-def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo]) -> list[int]:
+def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo], rule: SketchRule) -> list[int]:
     _check_header(delta, run)
     _check_scalars(delta)
     widths = _entry_widths(delta, layers)
     sampled = _sample_sizes(delta, widths)
-    expected = sum(map(moments_size, widths)) + sum(sampled)
+    expected = sum(map(rule.moments_size, widths)) + sum(sampled)
     if type(buffer) is not np.ndarray or buffer.dtype != np.float64 or buffer.shape != (expected,):
         found = f"{buffer.dtype} of shape {buffer.shape}" if type(buffer) is np.ndarray else type(buffer).__name__
         raise refusal(delta, f"its buffer is {found}, its entries need float64 of shape ({expected},)")
     words, finite = scan(buffer)
-    if not finite or any(n == 0 for _, _, n, _ in delta.entries) or (buffer[_diagonals(tuple(widths))] < 0).any():
-        _check_moments(delta, buffer, widths, layers)
+    if not finite or any(n == 0 for _, _, n, _ in delta.entries) or (buffer[_diagonals(tuple(widths), rule)] < 0).any():
+        _check_moments(delta, buffer, widths, layers, rule)
     if sampled:
         _check_samples(delta, buffer[expected - sum(sampled) :], sampled, layers)
     if delta.checksum != checksum(delta, words):
@@ -75,7 +76,9 @@ def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo
     return widths
 
 
-def check_bundle(bundle: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]) -> list[int]:
+def check_bundle(
+    bundle: Any, buffer: Any, run: str, layers: Sequence[LayerInfo], rule: SketchRule = WHOLE
+) -> list[int]:
     """Turn away what cannot be deltas of this run that were merged with each other. Returns the width of each entry.
 
     The total and the buffer are checked as a delta and its buffer are. Each header is checked as a delta's, has the
@@ -89,7 +92,7 @@ def check_bundle(bundle: Any, buffer: Any, run: str, layers: Sequence[LayerInfo]
             _check_header(header, run)
             _check_scalars(header)
             _sample_sizes(header, _entry_widths(header, layers))
-        widths = _check_delta(bundle.total, buffer, run, layers)
+        widths = _check_delta(bundle.total, buffer, run, layers, rule)
         _check_sum(bundle.headers, bundle.total, layers)
         if not _is_integer(bundle.checksum, 1 << 32) or bundle.checksum != bundle.fingerprint():
             raise refusal(bundle.total, "the checksum of its bundle is not that of its headers, which were changed")
@@ -134,18 +137,20 @@ def _check_sum(headers: Sequence[Delta], total: Delta, layers: Sequence[LayerInf
         raise refusal(total, "its bundle lacks samples of rows that its headers have")
 
 
-def _check_moments(delta: Delta, buffer: F64, widths: Sequence[int], layers: Sequence[LayerInfo]) -> None:
+def _check_moments(
+    delta: Delta, buffer: F64, widths: Sequence[int], layers: Sequence[LayerInfo], rule: SketchRule
+) -> None:
     """Name the layer whose moments cannot be, if there is one."""
     start = 0
     for (layer, phase, n, _), features in zip(delta.entries, widths, strict=True):
-        moments = buffer[start : start + moments_size(features)]
+        moments = buffer[start : start + rule.moments_size(features)]
         start += moments.shape[0]
         where = f"layer {layers[layer].name}, phase {PHASES[phase]}"
         if not np.isfinite(moments).all():
             raise refusal(delta, f"{where} has non-finite moments")
         if n == 0 and moments.any():
             raise refusal(delta, f"{where} has moments without observations")
-        if (moments[features + diagonal_places(features)] < 0).any():
+        if (moments[_diagonals((features,), rule)] < 0).any():
             raise refusal(delta, f"{where} has a scatter with a negative diagonal")
 
 
@@ -179,12 +184,13 @@ def _check_samples(delta: Delta, packed: F64, sizes: Sequence[int], layers: Sequ
 
 
 @lru_cache(maxsize=8)
-def _diagonals(widths: tuple[int, ...]) -> npt.NDArray[np.intp]:
+def _diagonals(widths: tuple[int, ...], rule: SketchRule) -> npt.NDArray[np.intp]:
     """Where the diagonals of all scatters lie in a delta's buffer; a run has few combinations of layers."""
     places, start = [np.empty(0, np.intp)], 0
     for features in widths:
-        places.append(start + features + diagonal_places(features))
-        start += moments_size(features)
+        diagonal = np.arange(features, dtype=np.intp) if rule.columns(features) else diagonal_places(features)
+        places.append(start + features + diagonal)
+        start += rule.moments_size(features)
     return np.concatenate(places)
 
 

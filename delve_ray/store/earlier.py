@@ -28,6 +28,9 @@ _AS_THEY_ARE = (
     "alpha_from",
     "alpha_to",
     "sketched",
+    "saturation_low",
+    "saturation_high",
+    "unseen_variance",
 )
 """Columns that are attributes of a row under the same name."""
 

@@ -78,7 +78,7 @@ class IntakeStore(WindowStore):
         """Merge a delta once. See `protocol.Store.take`."""
         with self._counting_refusals():
             members = self._hear([source_of(delta, self.config.run)])
-            widths = check_delta(delta, buffer, self.config.run, self.layers)
+            widths = check_delta(delta, buffer, self.config.run, self.layers, self.config.sketching)
             with _holding(members):
                 place = self._loaded(lambda: self._admit(delta, widths))
                 if isinstance(place, Ack):
@@ -89,7 +89,7 @@ class IntakeStore(WindowStore):
     def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack | None, ...]:
         """Merge deltas that were merged with each other, all or none. See `protocol.Store.take_bundle`."""
         with self._counting_refusals():
-            widths = check_bundle(bundle, buffer, self.config.run, self.layers)
+            widths = check_bundle(bundle, buffer, self.config.run, self.layers, self.config.sketching)
         try:
             members = self._hear([header.source for header in bundle.headers])
         except (DeltaRefused, UnknownSource):  # whose it is, each hears by itself
@@ -136,7 +136,7 @@ class IntakeStore(WindowStore):
         """Merge what was admitted, and note the deltas that it is made of."""
         began = time.perf_counter()
         try:
-            merge_into(place.entries, total, buffer, widths, self.config.rows_to_embed)
+            merge_into(place.entries, total, buffer, widths, self.config.rows_to_embed, self.config.sketching)
         except BaseException:  # nothing that is foreseen; but nobody shall wait for it
             with self._lock:
                 self._merging -= 1
@@ -211,7 +211,9 @@ class IntakeStore(WindowStore):
         refused = {i: attempt.widths[i] for i, d in delta.widths if attempt.widths.get(i, d) != d}
         entries: list[Entry | None] = []
         for (layer, phase, n, nonfinite), d in zip(delta.entries, widths, strict=True):
-            entry = None if layer in refused else window.entries.get((layer, phase)) or Entry(d)
+            entry = None if layer in refused else window.entries.get((layer, phase))
+            if entry is None and layer not in refused:
+                entry = Entry(d, columns=self.config.sketching.columns(d))
             if entry is not None:
                 check_total(delta, self.layers[layer].name, entry.n, n)
                 check_total(delta, self.layers[layer].name, entry.nonfinite, nonfinite)

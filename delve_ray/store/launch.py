@@ -10,9 +10,10 @@ from typing import Any
 from delve_ray.checks import check_flag, check_integer, check_seconds, check_shards
 from delve_ray.errors import OptionError
 from delve_ray.precision import PRODUCT_EPS
+from delve_ray.sketch import usable_sketch_size
 from delve_ray.stat_options import check_thresholds, resolve_stats
 from delve_ray.storage import Storage, absolute, check_savefile
-from delve_ray.store.protocol import EMBED_ROWS, SNAPSHOT_EVERY_S, StoreConfig
+from delve_ray.store.protocol import EMBED_ROWS, MAX_FEATURES, SKETCH_SIZE, SNAPSHOT_EVERY_S, StoreConfig
 from delve_ray.writers import SaveTo, check_save_to, check_writer_args, given_writers
 
 
@@ -28,6 +29,8 @@ def start_store(
     stats: Sequence[str] | str | None = None,
     sat_threshold: float | Sequence[float] = 0.99,
     embed_rows: int = EMBED_ROWS,
+    max_features: int = MAX_FEATURES,
+    sketch_size: int = SKETCH_SIZE,
     publish_every: float = 30.0,
     precision: str = "float32",
     resume: bool = False,
@@ -45,6 +48,8 @@ def start_store(
     A window is published without the ranks that have not closed it `late_after` seconds after the first one has. A
     rank that was not heard of for `silent_after` seconds is not waited for any more; if that holds for all, the run
     is published and ended. 0 is never. Every `snapshot_every` seconds the store saves what workers need not keep.
+
+    Layers wider than `max_features` are sketched with `sketch_size` columns, or left out where that is 0.
 
     With `num_shards` above 1 so many more actors share the layers' moments, spread over the nodes; "auto" is one for
     each node, at most 8. The files and the answers are the same. Up to `spectra_gpus` GPUs that are free at that moment
@@ -69,6 +74,8 @@ def start_store(
         num_shards=check_shards(num_shards),
         spectra_gpus=check_integer("spectra_gpus", spectra_gpus, at_least=0),
         embed_rows=embed_rows,
+        max_features=check_integer("max_features", max_features, at_least=1),
+        sketch_size=usable_sketch_size(sketch_size),
         publish_every=check_seconds("publish_every", publish_every),
         product_eps=PRODUCT_EPS[precision],
         snapshot_every=check_seconds("snapshot_every", snapshot_every),

@@ -13,18 +13,25 @@ import numpy as np
 
 from delve_ray.moments import F64
 from delve_ray.reservoir import pack, packed_size, unpack
-from delve_ray.store.protocol import Bundle, Delta, moments_size
+from delve_ray.sketch import WHOLE, SketchRule
+from delve_ray.store.protocol import Bundle, Delta
 from delve_ray.store.window import Entry
 
 
 def merge_into(
-    entries: Sequence[Entry | None], delta: Delta, buffer: F64, widths: Sequence[int], embed_rows: int
+    entries: Sequence[Entry | None],
+    delta: Delta,
+    buffer: F64,
+    widths: Sequence[int],
+    embed_rows: int,
+    rule: SketchRule = WHOLE,
 ) -> None:
     """Merge a delta's moments, and its samples of rows behind them, into an entry for each of its own.
 
     `widths` are the features of the delta's entries; None leaves an entry out; of samples `embed_rows` rows stay.
+    `rule` says which layers are sketched.
     """
-    starts = list(accumulate(map(moments_size, widths), initial=0))
+    starts = list(accumulate(map(rule.moments_size, widths), initial=0))
     _sample(entries, delta, buffer[starts[-1] :], widths, embed_rows)
     for index, (entry, start) in enumerate(zip(entries, starts, strict=False)):
         if entry is not None:
@@ -45,11 +52,14 @@ def _sample(entries: Sequence[Entry | None], delta: Delta, packed: F64, widths: 
         start = end
 
 
-def combine(deltas: Sequence[tuple[Delta, F64, Sequence[int]]], embed_rows: int) -> tuple[Bundle, F64]:
+def combine(
+    deltas: Sequence[tuple[Delta, F64, Sequence[int]]], embed_rows: int, rule: SketchRule = WHOLE
+) -> tuple[Bundle, F64]:
     """One bundle of deltas (header, buffer, width of each entry) of an attempt and window, and its buffer.
 
     Weights are those of the observations where any delta has some; of samples `embed_rows` rows stay, as in the store.
-    The deltas have passed the door, and agree on the widths of their layers. Memory: 8d² bytes per layer and phase.
+    The deltas have passed the door, and agree on the widths of their layers. Memory: 8d² bytes per layer and phase
+    that is not sketched by the `rule`.
 
     >>> from delve_ray.store.protocol import Source
     >>> one, two = (Source("r", "", rank, str(rank), "host", 1) for rank in (0, 1))
@@ -61,9 +71,10 @@ def combine(deltas: Sequence[tuple[Delta, F64, Sequence[int]]], embed_rows: int)
     merged: dict[tuple[int, int], Entry] = {}
     for delta, buffer, widths in deltas:
         entries = [
-            merged.setdefault(entry[:2], Entry(width)) for entry, width in zip(delta.entries, widths, strict=True)
+            merged.setdefault(entry[:2], Entry(width, columns=rule.columns(width)))
+            for entry, width in zip(delta.entries, widths, strict=True)
         ]
-        merge_into(entries, delta, buffer, widths, embed_rows)
+        merge_into(entries, delta, buffer, widths, embed_rows, rule)
     headers = tuple(replace(delta, checksum=0) for delta, *_ in deltas)
     totals = {key: entry.freeze().collect() for key, entry in merged.items()}
     samples = {key: entry.reservoir for key, entry in merged.items() if entry.reservoir is not None}

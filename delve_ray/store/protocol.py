@@ -11,7 +11,8 @@ import numpy as np
 
 from delve_ray.checks import AUTO_SHARDS, check_integer, check_name, check_seconds
 from delve_ray.errors import OptionError
-from delve_ray.moments import F64, triangle_size
+from delve_ray.moments import F64
+from delve_ray.sketch import SketchRule, check_sketching, packed_size
 from delve_ray.stat_options import EMBED_STAT, check_threshold, check_thresholds, resolve_stats
 from delve_ray.store.scanning import word_sum
 from delve_ray.writers import Writer
@@ -19,6 +20,10 @@ from delve_ray.writers.base import Scalar
 
 EMBED_ROWS = 256
 """Rows of a layer and phase that a window's embedding shows, unless said otherwise."""
+MAX_FEATURES = 8192
+"""Features above which a layer is sketched, unless said otherwise."""
+SKETCH_SIZE = 1024
+"""Columns of such a sketch, unless said otherwise."""
 SNAPSHOT_EVERY_S = 10.0
 """Seconds between snapshots of a store in a Ray cluster; they also bound what a worker has to keep."""
 
@@ -60,6 +65,7 @@ class StoreConfig:
         gone_after: seconds after which the run is ended when all of its workers' processes have ended without leaving,
             as far as the store's machine can see them; 0 for not before `silent_after`.
         lingers: seconds for which the finished store answers after its last worker has gone, for a driver behind it.
+        max_features, sketch_size: layers wider than the one are sketched with so many columns; 0 for none.
         trial, trial_config: id and config, as JSON, of the Ray Tune trial that this run is.
 
     Raises:
@@ -85,6 +91,8 @@ class StoreConfig:
     num_shards: int = 1
     embed_rows: int = EMBED_ROWS
     spectra_gpus: int = 0
+    max_features: int = MAX_FEATURES
+    sketch_size: int = SKETCH_SIZE
     gone_after: float = 0.0
     lingers: float = 0.0
     model: Mapping[str, int] = field(default_factory=dict)
@@ -102,12 +110,18 @@ class StoreConfig:
         check_integer("num_shards", self.num_shards, at_least=AUTO_SHARDS)
         check_integer("embed_rows", self.embed_rows, at_least=1)
         check_integer("spectra_gpus", self.spectra_gpus, at_least=0)
+        check_sketching(check_integer("max_features", self.max_features, at_least=1), self.sketch_size)
         check_seconds("publish_every", self.publish_every)
         check_seconds("silent_after", self.silent_after)
         check_seconds("late_after", self.late_after)
         check_seconds("snapshot_every", self.snapshot_every)
         check_seconds("gone_after", self.gone_after)
         check_seconds("lingers", self.lingers)
+
+    @property
+    def sketching(self) -> SketchRule:
+        """Which layers are sketched, and how."""
+        return SketchRule(self.max_features, self.sketch_size)
 
     @property
     def rows_to_embed(self) -> int:
@@ -122,7 +136,10 @@ class StoreConfig:
 
 NOT_ON_DISK = ("writer_args", "writers")
 """Fields of `StoreConfig` that no file has: passwords may be among them, and objects of other packages."""
-SAME_FOR_ALL = ("savefile", "save_to", "stats", "threshold", "thresholds", "embed_rows", "product_eps", "trial")
+SAME_FOR_ALL = (
+    *("savefile", "save_to", "stats", "threshold", "thresholds", "embed_rows", "product_eps", "trial"),
+    *("max_features", "sketch_size"),
+)
 """Fields of `StoreConfig` in which a worker may not differ from the run that it joins."""
 
 
@@ -287,9 +304,9 @@ class Progress:
     problems: tuple[str, ...] = ()
 
 
-def moments_size(features: int) -> int:
-    """Length of the mean and packed scatter of a layer in a delta's buffer."""
-    return features + triangle_size(features)
+def moments_size(features: int, columns: int = 0) -> int:
+    """Length of the mean and packed scatter of a layer in a delta's buffer; `columns` are those of a sketch."""
+    return features + packed_size(features, columns)
 
 
 class Store(Protocol):

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Protocol
 
 from delve_ray.moments import F64
+from delve_ray.nystrom import head_bytes
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.crew import Crew
 from delve_ray.store.protocol import LayerInfo, StoreConfig
@@ -33,15 +34,18 @@ _POLL_S = 0.5
 """How often the publisher looks for live windows and for silence when nothing is submitted."""
 DECOMPOSING_BYTES = 2 << 30
 """Memory of the decompositions that run side by side: as many as have room for a layer of the widest kind each."""
-_SENT_PER_ENTRY = 8
-"""Of one that is decomposed elsewhere, per value: its packed triangle, here and on its way."""
 _BYTES_PER_ENTRY = 24
 """Of a matrix that is decomposed, per value: itself, LAPACK's copy of it, and what its statistics take."""
 
 
+def _decomposing_bytes(entry: Entry) -> int:
+    """What the decomposition of a layer takes."""
+    return head_bytes(entry.columns) if entry.columns else _BYTES_PER_ENTRY * entry.features**2
+
+
 @dataclass(frozen=True, slots=True)
 class Latest:
-    """The last published moments of a layer and phase; the packed scatter is float64, d(d+1)/2.
+    """The last published moments of a layer and phase; the packed scatter is float64, d(d+1)/2, or a sketch.
 
     The covariance is the packed scatter over `weight`, which is `n` where nothing was sampled.
     """
@@ -248,19 +252,19 @@ class Publisher:
     def _rows(self, step: int, entries: Mapping[tuple[int, int], Entry]) -> list[LayerRow]:
         """A window's rows, in the order of the layers; the widest are decomposed first, several at a time."""
         widest_first = sorted(entries, key=lambda key: (-entries[key].features, key))
-        largest = max((entry.features for entry in entries.values()), default=1)
-        fitting = max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2))
+        largest = max((_decomposing_bytes(entry) for entry in entries.values()), default=1)
+        fitting = max(1, DECOMPOSING_BYTES // largest)
         found = self._crew.run(
             [partial(self._row, step, key, entries[key]) for key in widest_first],
-            threads=min(self._own_threads, fitting) + self._others(entries, largest),
+            threads=min(self._own_threads, fitting) + self._others(entries),
         )
         rows = dict(zip(widest_first, found, strict=True))
         return [row for key in sorted(rows) if (row := rows[key]) is not None]
 
-    def _others(self, entries: Mapping[tuple[int, int], Entry], largest: int) -> int:
+    def _others(self, entries: Mapping[tuple[int, int], Entry]) -> int:
         """How many threads may wait for layers that are decomposed elsewhere."""
-        wide = sum(entry.features >= WIDE for entry in entries.values())
-        return min(self._elsewhere, wide, DECOMPOSING_BYTES // (_SENT_PER_ENTRY * largest**2))
+        wide = [2 * entry.packed_bytes for entry in entries.values() if entry.features >= WIDE]  # here and on its way
+        return min(self._elsewhere, len(wide), DECOMPOSING_BYTES // max(wide, default=1))
 
     def _row(self, step: int, key: tuple[int, int], entry: Entry) -> LayerRow | None:
         """The row of one layer; an error costs that one alone."""

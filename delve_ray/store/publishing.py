@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
-from delve_ray import reservoir, spectrum
+from delve_ray import nystrom, reservoir, spectrum
 from delve_ray.moments import F64, packed_diagonal, unpack_triangle
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow
@@ -28,6 +28,8 @@ def layer_row(
     decomposition of its own, with vectors, so that the eigenvalues are the same with it and without. `eigenvalues`
     decomposes the covariance, of which only the upper triangle is right, instead of LAPACK.
     """
+    if found.columns:
+        return _sketched_row(layer, phase, found, config, sample)
     n, mean = found.n, found.mean
     weight = found.weight or 1.0
     matrix = unpack_triangle(found.packed, mean.size, symmetric=False, divisor=weight)
@@ -64,6 +66,44 @@ def layer_row(
     )
 
 
+def _sketched_row(
+    layer: LayerInfo, phase: str, found: Collected, config: StoreConfig, sample: Reservoir | None
+) -> LayerRow:
+    """The row of a layer of which there is a sketch: the head of its spectrum, and what that lets one say."""
+    features = found.mean.size
+    top = nystrom.head(
+        found.packed,
+        features,
+        found.weight,
+        config.product_eps,
+        found.n if found.n else None,
+        with_vectors=sample is not None,
+    )
+    known = nystrom.head_statistics(top, features, config.threshold, config.thresholds, config.stats)
+    points = None
+    if sample is not None and top.vectors is not None:
+        points = reservoir.along(sample.rows, found.mean, top.vectors)
+    return LayerRow(
+        layer=layer.name,
+        layer_type=layer.layer_type,
+        phase=phase,
+        features=features,
+        samples=found.n,
+        nonfinite_rows=found.nonfinite,
+        threshold=config.threshold,
+        stats=known.values,
+        eigenvalues=top.eigenvalues,
+        mean=found.mean.copy(),
+        embedding=points,
+        thresholds=config.thresholds,
+        intrinsic_dimensionalities=known.dimensions,
+        sketched=True,
+        saturation_low=known.saturation_low,
+        saturation_high=known.saturation_high,
+        unseen_variance=top.unseen,
+    )
+
+
 WIDE = 1024
 """Features from which on a layer may be decomposed elsewhere: that takes 50 ms, and grows faster than what is sent."""
 Compute = Callable[[LayerInfo, str, Collected, StoreConfig, Reservoir | None], LayerRow]
@@ -80,7 +120,8 @@ def entry_row(
     entry = cut.entry
     if entry.row is not None and entry.row[0] is found.packed:  # a collected triangle never changes
         row = entry.row[1]
-        return replace(row, covariance=found.packed / (found.weight or 1.0)) if COVARIANCE_STAT in config.stats else row
+        with_covariance = COVARIANCE_STAT in config.stats and not row.sketched
+        return replace(row, covariance=found.packed / (found.weight or 1.0)) if with_covariance else row
     row = compute(layer, phase, found, config, cut.reservoir if config.rows_to_embed else None)
     entry.row = found.packed, replace(row, covariance=None)
     return row

@@ -18,6 +18,7 @@ import numpy as np
 from delve_ray.errors import UnknownSource
 from delve_ray.moments import F64
 from delve_ray.reservoir import packed_size
+from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
 from delve_ray.store.door import refusal
 from delve_ray.store.front import FrontStore
@@ -33,7 +34,6 @@ from delve_ray.store.protocol import (
     Store,
     StoreConfig,
     Welcome,
-    moments_size,
 )
 from delve_ray.store.saving import Saver
 from delve_ray.store.state import State
@@ -49,6 +49,7 @@ class ShardedStore:
         self.shards = list(shards)
         self._layers: list[LayerInfo] = []
         self._assigned: list[int] = []
+        self._rule = WHOLE
         self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
 
     def _each(self, call: Callable[[int, Store], T]) -> list[T]:
@@ -67,17 +68,18 @@ class ShardedStore:
         self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
     ) -> Welcome:
         """Join the run, or join it again: at the front, and then in every shard."""
-        self.know(layers)
+        self.know(layers, config)
         welcome = self.front.register(source, config, layers, held)
         # Which attempt it is, and where this rank is in it, the front alone decides.
         there = held or Held(welcome.attempt, 0, welcome.window, whole=True)
         self._each(lambda index, shard: shard.register(source, shard_config(config, index), layers, there))
         return welcome
 
-    def know(self, layers: Sequence[LayerInfo]) -> None:
+    def know(self, layers: Sequence[LayerInfo], config: StoreConfig) -> None:
         """The run's layers, for one who does not register."""
         self._layers = list(layers)
-        self._assigned = assign(layers, len(self.shards))
+        self._rule = config.sketching
+        self._assigned = assign(layers, len(self.shards), self._rule)
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """Merge a delta once, each shard its part."""
@@ -132,7 +134,7 @@ class ShardedStore:
         said = dict(delta.widths)
         features = [self._layers[layer].features or said[layer] for layer, *_ in delta.entries]
         width_of = {entry[:2]: width for entry, width in zip(delta.entries, features, strict=True)}
-        moments = _slices([moments_size(width) for width in features], 0)
+        moments = _slices([self._rule.moments_size(width) for width in features], 0)
         sizes = [packed_size(rows, width_of[layer, phase]) for layer, phase, rows, _ in delta.samples]
         samples = _slices(sizes, moments[-1].stop if moments else 0)
         pieces = []
@@ -210,7 +212,7 @@ class LocalShards(ShardedStore):
             if saved is not None:
                 shard.go_on(replace(saved, config=shard.config, ending=None))
         self.local_front.go_on(state)
-        self.know(state.layers)
+        self.know(state.layers, state.config)
 
     def finish(self, why: str) -> None:
         """Publish what is open and end the run."""

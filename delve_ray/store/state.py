@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from delve_ray.errors import ReadError
-from delve_ray.moments import F64, triangle_size
+from delve_ray.moments import F64
 from delve_ray.reservoir import Reservoir
+from delve_ray.sketch import columns_of
 from delve_ray.storage import masked
 from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.processes import started
@@ -99,7 +100,9 @@ def window_entries(index: Iterable[Sequence[Any]], arrays: Iterator[F64], where:
     entries = {}
     for layer, phase, features, n, nonfinite, *rest in index:
         weight, *sample = rest or (float(n),)
-        mean, packed = _next_arrays(arrays, (features, triangle_size(features)), where)
+        mean, packed = _next_arrays(arrays, (features, None), where)
+        if columns_of(packed.size, features) is None:
+            raise _damaged(where)
         collected = Collected(n, nonfinite, mean, packed, weight)
         entries[layer, phase] = Entry(features, collected, _reservoir(features, sample, arrays, where))
     return entries
@@ -113,12 +116,16 @@ def _reservoir(features: int, sample: Sequence[Any], arrays: Iterator[F64], wher
     return Reservoir(keys, rows.reshape(count, features), bound)
 
 
-def _next_arrays(arrays: Iterator[F64], sizes: Iterable[int], where: str) -> list[F64]:
-    """Copies of the next arrays. Raises ReadError where they have other sizes."""
-    found = [np.array(next(arrays, ())) for _ in sizes]
-    if [array.size for array in found] != list(sizes):
-        raise ReadError(f"{where} is damaged: its arrays are not those that its header lists")
-    return found
+def _next_arrays(arrays: Iterator[F64], sizes: Iterable[int | None], where: str) -> list[F64]:
+    """Copies of the next arrays. Raises ReadError where they have other sizes, where these are known."""
+    found = [(np.array(next(arrays, ())), size) for size in sizes]
+    if any(size is not None and array.size != size for array, size in found):
+        raise _damaged(where)
+    return [array for array, _ in found]
+
+
+def _damaged(where: str) -> ReadError:
+    return ReadError(f"{where} is damaged: its arrays are not those that its header lists")
 
 
 def freeze(state: State, version: int) -> Frozen:
@@ -173,7 +180,8 @@ def config_header(config: StoreConfig) -> dict[str, Any]:
 def config_of(values: Mapping[str, Any]) -> StoreConfig:
     """A configuration out of JSON, which has lists where there were tuples."""
     known: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return StoreConfig(**known)
+    # Of before there were sketches; scatters of any width were whole.
+    return StoreConfig(**({"sketch_size": 0} | known))
 
 
 def scalar_header(scalar: Scalar) -> dict[str, Any]:

@@ -8,20 +8,32 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from delve_ray.moments import F64, PackedTotal, triangle_size
+from delve_ray.moments import F64, PackedTotal
 from delve_ray.reservoir import Reservoir, merge
 from delve_ray.schema import LayerRow, PublishedWindow
+from delve_ray.sketch import columns_of, new_total, packed_size
 
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """Moments that nobody changes any more: observations, non-finite rows, mean, packed scatter, total weight."""
+    """Moments that nobody changes any more: observations, non-finite rows, mean, packed scatter, total weight.
+
+    The scatter of a wide layer is a sketch, see `sketch`: its length tells.
+    """
 
     n: int
     nonfinite: int
     mean: F64
     packed: F64
     weight: float
+
+    @property
+    def columns(self) -> int:
+        """Columns of the sketch, 0 of a whole scatter. Raises ValueError for a length that is neither's."""
+        found = columns_of(self.packed.size, self.mean.size)
+        if found is None:
+            raise ValueError(f"{self.packed.size} values are no packed scatter of {self.mean.size} features")
+        return found
 
 
 class Entry:
@@ -30,7 +42,7 @@ class Entry:
     Deltas go into an active total. `freeze` sets it aside, which takes no time whatever its size, and the next delta
     begins a new one; a cut merges what was set aside, outside of the lock that deltas need. So whoever publishes or
     saves holds up nobody, and what it holds never changes. Memory: 4d² bytes, and 4d² more while there is an active
-    total beside what was set aside.
+    total beside what was set aside; of a layer that is sketched with k `columns`, 8d(k+1).
 
     `reservoir` is a sample of the same rows, where one is asked for. `row` is the publisher's: the last row, and the
     triangle that it was made of.
@@ -42,6 +54,7 @@ class Entry:
         "_frozen",
         "_lock",
         "_merging",
+        "columns",
         "features",
         "n",
         "nonfinite",
@@ -49,8 +62,15 @@ class Entry:
         "row",
     )
 
-    def __init__(self, features: int, collected: Collected | None = None, reservoir: Reservoir | None = None) -> None:
+    def __init__(
+        self,
+        features: int,
+        collected: Collected | None = None,
+        reservoir: Reservoir | None = None,
+        columns: int = 0,
+    ) -> None:
         self.features = features
+        self.columns = columns if collected is None else collected.columns
         self.reservoir = reservoir
         self.n = 0
         self.nonfinite = 0
@@ -70,19 +90,24 @@ class Entry:
         with self._lock:
             totals = len(self._frozen) + (self._active is not None)
         sample = 0 if self.reservoir is None else self.reservoir.nbytes
-        return 8 * triangle_size(self.features) * totals + sample
+        return self.packed_bytes * totals + sample
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of one packed scatter."""
+        return 8 * packed_size(self.features, self.columns)
 
     def reserve(self) -> None:
         """Take the memory that `add` will need. Raises MemoryError, and then nothing has changed."""
         with self._lock:
             if self._active is None:
-                self._active = PackedTotal(self.features), 0
+                self._active = new_total(self.features, self.columns), 0
 
     def add(self, n: int, nonfinite: int, mean: F64, packed: F64, weight: float) -> None:
         """Merge a delta's moments; `weight` is that of its n observations together."""
         with self._merging:
             with self._lock:
-                total, before = self._active or (PackedTotal(self.features), 0)
+                total, before = self._active or (new_total(self.features, self.columns), 0)
             total.add(n, mean, packed, weight)
             with self._lock:
                 self._active = total, before + nonfinite
@@ -107,7 +132,7 @@ class Entry:
         """Merge what a cut has; nothing ever changes the result."""
         with self._collecting:
             if not parts:
-                return Collected(0, 0, np.zeros(self.features), np.zeros(triangle_size(self.features)), 0.0)
+                return Collected(0, 0, np.zeros(self.features), np.zeros(self.packed_bytes // 8), 0.0)
             total, nonfinite = parts[0]
             total.result()  # folds; from now on nothing writes into this total
             if len(parts) > 1:

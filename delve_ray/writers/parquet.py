@@ -51,6 +51,9 @@ _ROW_FIELDS = (
     "alpha_to",
     "mean_norm",
     "sketched",
+    "saturation_low",
+    "saturation_high",
+    "unseen_variance",
 )
 _WINDOW_FIELDS = (
     "run",

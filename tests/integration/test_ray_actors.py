@@ -114,6 +114,27 @@ def test_a_store_started_by_the_driver_tells_the_workers_how(workers: Any, savef
     assert (row["threshold"], row["samples"], row["run"]) == (0.5, 200, "driven")
 
 
+def test_a_wide_layer_is_sketched_by_all_workers_and_shards(workers: Any, savefile: str) -> None:
+    import ray
+
+    options: dict[str, Any] = {"max_features": 64, "sketch_size": 16}
+    store = delve_ray.start_store(savefile, run="wide", world_size=2, save_to="parquet", num_shards=2, **options)
+    team = workers(2, 100)
+    ray.get([w.track.remote(store=store, rank=rank) for rank, w in enumerate(team)])
+    rows = np.concatenate(ray.get([w.step.remote(100, 7, 0) for w in team]))
+    ray.get([w.metrics.remote() for w in team])
+    with pytest.raises(delve_ray.OptionError, match="more than max_features=64, and is sketched"):
+        ray.get(store.covariance.remote("Linear", "train"))
+    head = ray.get(store.spectrum.remote("Linear", "train"))
+    ray.get([w.close.remote() for w in team])
+    (row,) = delve_ray.read_spectra(savefile).to_pylist()
+    exact = np.linalg.eigvalsh(np.cov(rows.T, bias=True))[::-1]
+    assert (row["sketched"], row["samples"], row["eigenvalues"]) == (True, 200, head.tolist())
+    # Two workers, two models of four inputs, and the distance of their biases: nine directions.
+    np.testing.assert_allclose(head, exact[:9], rtol=1e-3)
+    assert row["trace"] == pytest.approx(exact.sum(), rel=1e-6)
+
+
 def test_two_runs_of_one_name_with_different_layers(workers: Any, savefile: str) -> None:
     import ray
 

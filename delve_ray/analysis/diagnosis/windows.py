@@ -56,7 +56,11 @@ Row: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer in the window that is judged; `eigenvalues` float64 (d,), descending, `k` the row's k(δ)."""
+    """One layer in the window that is judged; `eigenvalues` float64 (d,), descending, `k` the row's k(δ).
+
+    Of a sketched layer they are the head of the spectrum, `k` is the upper end of its interval, and the effective rank
+    is NaN, which no rule finds anything in.
+    """
 
     name: str
     kind: str
@@ -105,7 +109,8 @@ class Layer:
 class Window:
     """The last complete window of one phase.
 
-    `layers` are in network order, those without a finite spectrum left out; `overflowed` names the layers that had
+    `layers` are in network order, those without a finite spectrum left out, and sketched ones whose head does not tell
+    k(δ); `overflowed` names the layers that had
     observations and a spectrum, or a trace, that is not finite; `nonfinite` has (non-finite rows, samples) of the
     layers that had such rows.
     """
@@ -213,7 +218,7 @@ def _window(rows: Sequence[Row], phase: str, step: int) -> Window:
         trace = float(eigenvalues.sum()) if row["trace"] is None else row["trace"]
         if not (np.isfinite(eigenvalues).all() and math.isfinite(trace)):
             overflowed.append(row["layer"])
-        elif eigenvalues.size:
+        elif eigenvalues.size and not (row["sketched"] and row["intrinsic_dimensionality"] is None):
             layers.append(_layer(row, eigenvalues, trace))
     nonfinite = {row["layer"]: (row["nonfinite_rows"], row["samples"] or 0) for row in rows if row["nonfinite_rows"]}
     return Window(phase, step, tuple(layers), tuple(overflowed), nonfinite)
@@ -231,16 +236,24 @@ def _layer(row: Row, eigenvalues: F64, trace: float) -> Layer:
         threshold,
         intrinsic_dimensionality(eigenvalues, threshold) if k is None else k,
         trace,
-        effective_rank(eigenvalues) if rank is None or not math.isfinite(rank) else rank,
+        _effective_rank(row, eigenvalues) if rank is None or not math.isfinite(rank) else rank,
         eigenvalues,
         bool(row["sketched"]),
         row["mean_norm"] if row["mean_norm"] is not None and math.isfinite(row["mean_norm"]) else 0.0,
     )
 
 
+def _effective_rank(row: Row, eigenvalues: F64) -> float:
+    """That of the eigenvalues, NaN where they are the head of a sketched layer's."""
+    return math.nan if row["sketched"] else effective_rank(eigenvalues)
+
+
 def _histories(spectra: pa.Table, narrow: pa.Table, wanted: pc.Expression) -> tuple[History, ...]:
-    """Each layer's traces and effective ranks; computed from the eigenvalues where the run did not ask for them."""
-    columns = ["layer", "step", "samples", "features", "trace", "effective_rank"]
+    """Each layer's traces and effective ranks; computed from the eigenvalues where the run did not ask for them.
+
+    The effective ranks of a sketched layer are NaN.
+    """
+    columns = ["layer", "step", "samples", "features", "trace", "effective_rank", "sketched"]
     table = narrow.select([*columns, "phase"])
     if table.column("trace").null_count or table.column("effective_rank").null_count:
         table = spectra.select([*columns, "phase", "eigenvalues"])
@@ -250,8 +263,9 @@ def _histories(spectra: pa.Table, narrow: pa.Table, wanted: pc.Expression) -> tu
         if (trace is None or rank is None) and row["eigenvalues"]:
             eigenvalues = np.asarray(row["eigenvalues"], np.float64)
             trace = float(eigenvalues.sum()) if trace is None else trace
-            rank = effective_rank(eigenvalues) if rank is None and np.isfinite(eigenvalues).all() else rank
-        if row["samples"] and trace is not None and rank is not None and math.isfinite(trace) and math.isfinite(rank):
+            rank = _effective_rank(row, eigenvalues) if rank is None and np.isfinite(eigenvalues).all() else rank
+        unbroken = rank is not None and (math.isfinite(rank) or row["sketched"])
+        if row["samples"] and trace is not None and unbroken and math.isfinite(trace):
             scarce = row["samples"] < (row["features"] or 0)
             found.setdefault(row["layer"], []).append((row["step"], trace, rank, scarce))
     histories = []

@@ -26,6 +26,7 @@ from delve_ray.analysis.plots.canvas import (
 from delve_ray.analysis.plots.choices import KEYS, choose_layers, only_run, select, step_of, windows_of
 from delve_ray.analysis.windows import network_order
 from delve_ray.errors import OptionError
+from delve_ray.nystrom import Head
 from delve_ray.schema import F64
 from delve_ray.spectrum import check_thresholds, intrinsic_dimensionality, noise_edge
 
@@ -59,7 +60,8 @@ def eigenspectra(
     Both axes are logarithmic, so a power law λ_i ∝ i^-α is a straight line of slope -α; ranks are linear where no
     layer has more than 16 features. A panel shows ten decades below λ1; zeros have no place on it. A marker at rank
     k(δ) says that the eigenvalues up to there hold the share δ of the variance (`spectrum.intrinsic_dimensionality`),
-    and the dotted line is the Marchenko-Pastur edge, above which `noise_rank` counts (`spectrum.noise_edge`).
+    and the dotted line is the Marchenko-Pastur edge, above which `noise_rank` counts (`spectrum.noise_edge`). Of a
+    sketched layer there is the head of the spectrum, with the bounds of k(δ) and without an edge.
 
     Args:
         spectra: What `read_spectra` returned, of one run.
@@ -78,7 +80,7 @@ def eigenspectra(
         ReadError: a column is missing, there are several runs, an unknown layer, or nothing to draw.
     """
     given = () if thresholds is None else check_thresholds(thresholds)
-    spectra = select(spectra, ("samples", "threshold", "eigenvalues"), optional=("thresholds",))
+    spectra = select(spectra, ("samples", "threshold", "eigenvalues"), optional=_OPTIONAL)
     run = only_run(spectra)
     windows = windows_of(spectra, step, phase)
     order = network_order(pa.concat_tables([window.select(KEYS) for window in windows.values()]))
@@ -97,13 +99,27 @@ def eigenspectra(
     return finish(figure, path)
 
 
+_OPTIONAL = ("thresholds", "features", "unseen_variance")
+
+
 @dataclass(frozen=True, slots=True)
 class _Spectrum:
-    """What is drawn of one layer in one window."""
+    """What is drawn of one layer in one window; `unseen` is the variance that the head of a sketched layer lacks."""
 
     eigenvalues: F64
     samples: int | None
     thresholds: tuple[float, ...]
+    features: int
+    unseen: float | None = None
+
+    def bounds(self, threshold: float) -> tuple[int, int]:
+        """The smallest and the largest k(δ) that there may be: the same but for sketched layers."""
+        if self.unseen is None:
+            k = intrinsic_dimensionality(self.eigenvalues, threshold)
+            return k, k
+        rank = self.features if self.samples is None else min(self.features, max(self.samples - 1, 0))
+        head = Head(self.eigenvalues, float(self.eigenvalues.sum()) + self.unseen, self.unseen, rank)
+        return head.dimensionality(threshold)[:2]
 
 
 def _spectra_of(window: pa.Table, layers: Sequence[str], given: tuple[float, ...]) -> dict[str, _Spectrum]:
@@ -114,10 +130,16 @@ def _spectra_of(window: pa.Table, layers: Sequence[str], given: tuple[float, ...
         several = rows.column("thresholds")[index].as_py() if "thresholds" in rows.column_names else None
         own = several or [rows.column("threshold")[index].as_py()]
         values = rows.column("eigenvalues")[index].values
+        eigenvalues = np.empty(0) if values is None else values.to_numpy(zero_copy_only=False)
+        features, unseen = (
+            rows.column(name)[index].as_py() if name in rows.column_names else None for name in _OPTIONAL[1:]
+        )
         spectra[layer] = _Spectrum(
-            eigenvalues=np.empty(0) if values is None else values.to_numpy(zero_copy_only=False),
+            eigenvalues=eigenvalues,
             samples=rows.column("samples")[index].as_py(),
             thresholds=given or tuple(delta for delta in own if delta is not None)[: len(_MARKERS)],
+            features=max(features or 0, eigenvalues.size),
+            unseen=unseen,
         )
     return spectra
 
@@ -207,20 +229,21 @@ def _draw_spectrum(axes: Axes, phase: str, spectrum: _Spectrum, marked: Mapping[
     dot = "." if values.size <= _MAX_DOTTED else ""
     ranks = np.arange(1, values.size + 1)
     axes.plot(ranks, _shown(values), STYLES[phase], color=colour, label=phase, linewidth=1.3, marker=dot, markersize=4)
-    dimensions = {delta: intrinsic_dimensionality(values, delta) for delta in sorted(spectrum.thresholds)}
-    for delta, k in dimensions.items():
-        if k:
+    dimensions = {delta: spectrum.bounds(delta) for delta in sorted(spectrum.thresholds)}
+    for delta, (low, k) in dimensions.items():
+        if 0 < low == k <= values.size:
             at, label = ([k], [values[k - 1]]), f"{phase} k({delta:g})"
             axes.plot(*at, marked[delta], color=colour, label=label, ms=6, mec="white", mew=0.6, linestyle="")
-    edge = 0.0 if spectrum.samples is None else noise_edge(values, spectrum.samples)
+    edge = 0.0 if spectrum.samples is None or spectrum.unseen is not None else noise_edge(values, spectrum.samples)
     if edge > 0:
         axes.axhline(edge, color=colour, linestyle=":", linewidth=1.2, label=f"{phase} noise edge")
-    return f"{phase}: k = {', '.join(map(str, dimensions.values())) or '–'}"
+    said = [f"{k}" if low == k else f"{low}…{k}" for low, k in dimensions.values()]
+    return f"{phase}: k = {', '.join(said) or '–'}"
 
 
 def _title(layer: str, own: Mapping[str, _Spectrum]) -> str:
     """The layer's name above its size."""
-    features = max((spectrum.eigenvalues.size for spectrum in own.values()), default=0)
+    features = max((spectrum.features for spectrum in own.values()), default=0)
     samples = [spectrum.samples for spectrum in own.values()]
     counts = " / ".join("–" if count is None else f"{count}" for count in samples)
     return f"{text(layer)}\n{features} features, {counts} samples"
