@@ -136,18 +136,21 @@ class CovarianceStore(WindowStore):
             member.heard = time.monotonic()
             there = member.next_seq >= sent
             if completed and there and not member.left:
-                member.left = True
+                attempt.leave(member)
                 for window in attempt.windows.values():
                     if source.rank not in window.closed:
                         window.touch()
                 self._touch(member)
                 self._advance(attempt)
-                if attempt is self.attempts[-1] and attempt.left == attempt.ranks:
+                if attempt is self.attempts[-1] and len(attempt.left) == attempt.world_size:
                     self._finish("closed")
             if self.saver is not None and self.ending is None:
                 self.saver.hurry()
             ack = replace(self._ack(attempt, member), left=member.left or (there and not completed))
-            member.waiting = ack.finished or not (ack.left and ack.saved)
+            if ack.finished or not (ack.left and ack.saved):
+                attempt.waiting.add(source.rank)
+            else:
+                attempt.waiting.discard(source.rank)
             return ack
 
     def _find(self, source: Source) -> tuple[Attempt, Member]:
@@ -378,10 +381,11 @@ class CovarianceStore(WindowStore):
     def goodbye(self, source: Source) -> bool:
         """A source has its last answer; whether nobody waits for one any more."""
         with self._lock:
-            members = [member for attempt in self.attempts for member in attempt.members.values()]
-            for member in members:
-                member.waiting = member.waiting and member.source != source
-            return not any(member.waiting for member in members)
+            for attempt in self.attempts:
+                member = attempt.members.get(source.rank)
+                if member is not None and member.source == source:
+                    attempt.waiting.discard(source.rank)
+            return not any(attempt.waiting for attempt in self.attempts)
 
     def end(self, source: Source) -> None:
         """Nothing to release: the threads end by themselves once the run has finished."""

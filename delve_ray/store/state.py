@@ -244,7 +244,7 @@ def _attempt(header: Mapping[str, Any], arrays: Iterator[F64], where: str) -> At
             left=values["left"],
             started=started(source),
         )
-        attempt.members[member.source.rank] = member
+        attempt.admit(member)
     for values in header["windows"]:
         window = Window(
             values["ordinal"],

@@ -180,6 +180,7 @@ class WindowStore:
         """Publish what is complete or overdue, in the order of the windows, and drop what is settled."""
         now = time.monotonic()
         silent_before = now - self.config.silent_after if self.config.silent_after else float("-inf")
+        kept: list[tuple[int, Window]] = []
         for ordinal, window in sorted(attempt.windows.items()):
             complete = self._is_complete(window, attempt, silent_before)
             if not window.published:
@@ -201,17 +202,18 @@ class WindowStore:
             if complete and self._is_settled(window, attempt):
                 del attempt.windows[ordinal]
                 self._touch()
+            elif complete and window.published and not window.parked:
+                kept.append((ordinal, window))
         # What a writer is behind with stays in memory up to a bound, the newest windows first.
         room = UNWRITTEN_BYTES
-        for ordinal, window in sorted(attempt.windows.items(), reverse=True):
-            if window.published and not window.parked and not attempt.awaited(window, silent_before):
-                room -= sum(entry.nbytes for entry in window.entries.values())
-                if room < 0:
-                    del attempt.windows[ordinal]
+        for ordinal, window in reversed(kept):
+            room -= sum(entry.nbytes for entry in window.entries.values())
+            if room < 0:
+                del attempt.windows[ordinal]
 
     def _is_complete(self, window: Window, attempt: Attempt, silent_before: float) -> bool:
         """Whether nobody is waited for any more."""
-        return not attempt.awaited(window, silent_before)
+        return not attempt.is_awaited(window, silent_before)
 
     def _has_news(self, window: Window, attempt: Attempt) -> bool:
         """Whether a complete window may be published: for the first time, or corrected."""
