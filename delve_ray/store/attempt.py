@@ -7,6 +7,7 @@ that says so and all before it are there.
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -162,6 +163,13 @@ class Attempt:
         """Ranks that have not closed a window, whether they may still or not."""
         window = self.windows.get(ordinal)
         return tuple(sorted(self.ranks - self.left - (window.closed if window else set())))
+
+    def first_missing(self, ordinal: int, most: int) -> tuple[int, ...]:
+        """The first of `missing`: of a window that has just begun, no more than these are looked at."""
+        window = self.windows.get(ordinal)
+        closed = window.closed if window else ()
+        there = (rank for rank in range(self.world_size) if rank not in closed and rank not in self.left)
+        return tuple(itertools.islice(there, most))
 
     def window(self, delta: Delta) -> Window | None:
         """The window that a delta belongs to, made if it is new; None if it is settled, and nobody waits for it.

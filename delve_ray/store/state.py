@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -20,6 +20,7 @@ from delve_ray.store.protocol import LayerInfo, Source, StoreConfig
 from delve_ray.store.window import Collected, Cut, Entry, Window
 from delve_ray.writers.base import Scalar
 
+_SOURCE = tuple(item.name for item in fields(Source))
 Scalars = Mapping[tuple[str, int], tuple[Scalar, ...]]
 
 
@@ -210,7 +211,8 @@ def _attempt_header(attempt: Attempt) -> dict[str, Any]:
         "widths": list(attempt.widths.items()),
         "members": [
             {
-                "source": asdict(member.source),
+                # Not asdict, which copies deeply: this is done for every rank while nothing is merged.
+                "source": {name: getattr(member.source, name) for name in _SOURCE},
                 "next_seq": member.next_seq,
                 "above": sorted(member.above),
                 "closing": list(member.closing.items()),

@@ -20,7 +20,7 @@ from delve_ray.errors import OptionError, ReadError, StoreError
 from delve_ray.storage import Storage, masked
 from delve_ray.store import registration
 from delve_ray.store.attempt import Attempt, Member
-from delve_ray.store.protocol import NOT_ON_DISK, LayerInfo, StoreConfig
+from delve_ray.store.protocol import NOT_ON_DISK, LayerInfo, StoreConfig, ranks_text
 from delve_ray.store.publisher import Publisher
 from delve_ray.store.publishing import Compute, layer_row
 from delve_ray.store.run_file import RunFile
@@ -193,7 +193,7 @@ class WindowStore:
                         "corrects it",
                         self.config.run,
                         window.step,
-                        list(missing),
+                        ranks_text(missing),
                     )
                 self._submit(attempt, [window])
             elif complete and self._has_news(window, attempt):
