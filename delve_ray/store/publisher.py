@@ -35,7 +35,7 @@ DECOMPOSING_BYTES = 2 << 30
 """Memory of the decompositions that run side by side: as many as have room for a layer of the widest kind each."""
 _SENT_PER_ENTRY = 8
 """Of one that is decomposed elsewhere, per value: its packed triangle, here and on its way."""
-_BYTES_PER_ENTRY = 24
+BYTES_PER_ENTRY = 24
 """Of a matrix that is decomposed, per value: itself, LAPACK's copy of it, and what its statistics take."""
 
 
@@ -249,7 +249,7 @@ class Publisher:
         largest = max((entry.features for entry in entries.values()), default=1)
         found = self._crew.run(
             [partial(self._row, step, key, entries[key]) for key in widest_first],
-            threads=max(1, DECOMPOSING_BYTES // (_BYTES_PER_ENTRY * largest**2)) + self._others(entries, largest),
+            threads=max(1, DECOMPOSING_BYTES // (BYTES_PER_ENTRY * largest**2)) + self._others(entries, largest),
         )
         rows = dict(zip(widest_first, found, strict=True))
         return [row for key in sorted(rows) if (row := rows[key]) is not None]
