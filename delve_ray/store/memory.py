@@ -65,6 +65,7 @@ def store_bytes(
     sources: int = 1,
     deltas: int | None = None,
     published: bool = True,
+    saved: bool = True,
     embed_rows: int = 0,
     cores: int = 1,
 ) -> StoreBytes:
@@ -83,6 +84,7 @@ def store_bytes(
         sources: ranks.
         deltas: what each layer has got of the window since it was last set aside; None is the most that there can be.
         published: whether anything has been published yet.
+        saved: whether snapshots are taken, or live rows published, while deltas arrive.
         embed_rows: rows that are kept for embeddings, 0 without them.
         cores: those that the store may use; all but one decompose, as far as 2 GiB hold a layer of the widest kind
             for each.
@@ -91,7 +93,7 @@ def store_bytes(
 
     >>> store_bytes([2048] * 4, sources=64).windows >> 20  # MiB
     66
-    >>> store_bytes([1024], phases=2, deltas=1).resting - store_bytes([1024], phases=2, deltas=1, published=False).resting
+    >>> store_bytes([1024], phases=2).latest  # two triangles and two means
     8413184
     """
     for name, value in (("phases", phases), ("windows", windows), ("sources", sources), ("cores", cores)):
@@ -108,6 +110,6 @@ def store_bytes(
         windows=windows * window,
         latest=latest,
         sources=sources * (SOURCE_BYTES + windows * CLOSED_BYTES),
-        aside=2 * (window - rows),
+        aside=2 * (window - rows) if saved else 0,
         decomposing=BYTES_PER_ENTRY * sum(width**2 for width in sorted(widths)[-side_by_side:]),
     )

@@ -1,4 +1,4 @@
-"""The store as Ray actors, fed by a few processes that each play many sources, each with a delta of its own on its way."""
+"""The store as Ray actors, fed by a few processes that play many sources, each with a delta of its own on its way."""
 
 from __future__ import annotations
 
@@ -125,7 +125,9 @@ def measure_ray(
     """All sources at once into the store, and then into as many actors that do nothing; Ray must be running."""
     feeders = min(feeders, sources)
     players = [
-        ray.remote(num_cpus=0)(Feeder).remote(range(first, sources, feeders), widths, shards, OBJECTS_BYTES // 2 // feeders)
+        ray.remote(num_cpus=0)(Feeder).remote(
+            range(first, sources, feeders), widths, shards, OBJECTS_BYTES // 2 // feeders
+        )
         for first in range(feeders)
     ]
     pids = {"feeders": ray.get([player.pid.remote() for player in players], timeout=_TIMEOUT_S)}

@@ -61,8 +61,8 @@ SHAPES = {
         ),
         Shape(
             "vit-l",
-            "ViT-L/16: the patches' convolution, in each of 24 blocks query, key, value, attention output and MLP output "
-            "(1024) and the MLP's hidden layer (4096), and the classifier",
+            "ViT-L/16: the patches' convolution, in each of 24 blocks query, key, value, attention output and MLP "
+            "output (1024) and the MLP's hidden layer (4096), and the classifier",
             _repeat((1024, 1 + 5 * 24), (4096, 24), (1000, 1)),
         ),
         Shape(
