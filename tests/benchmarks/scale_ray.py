@@ -33,18 +33,13 @@ class Empty(EmptyActor):
     """What the store is measured against: it is called as often, and does nothing."""
 
     @ray.method(concurrency_group="query")
-    def heartbeat(self, source: Source, outbox: dict[str, int] | None = None) -> Ack:
-        """A small answer."""
-        return Ack(0)
-
-    @ray.method(concurrency_group="query")
     def pid(self) -> int:
         """Its process."""
         return os.getpid()
 
 
 class Feeder:
-    """Plays the sources of some ranks as their senders do: put, take, heartbeat, and then the next window.
+    """Plays the sources of some ranks as their senders do: put, take, and then the next window.
 
     A source waits for no other. It offers its delta to all shards at once, and to the front when all have it.
     """
@@ -77,10 +72,6 @@ class Feeder:
                 if self.deltas.front is not None:
                     await self._take(front, self.deltas.front, source, window)
                 acked[index, window] = time.time()
-                beats = [part.heartbeat.remote(source, {"deltas": 0}) for part in parts]
-                await asyncio.gather(*beats)
-                if self.deltas.front is not None:
-                    await front.heartbeat.remote(source, {"deltas": 0})
 
         await asyncio.gather(*(play(index, source_of(rank)) for index, rank in enumerate(self.ranks)))
         return offered, acked
