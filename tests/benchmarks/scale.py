@@ -22,6 +22,7 @@ from delve_ray.store.memory import store_bytes
 from tests.benchmarks import report
 from tests.benchmarks.memory import mib
 from tests.benchmarks.report import Section, markdown_cells
+from tests.benchmarks.scale_constants import constants_section
 from tests.benchmarks.scale_local import Figures, bare_add, measure_local
 from tests.benchmarks.scale_memory import scale_memory_section
 from tests.benchmarks.scale_ray import FEEDERS, OBJECTS_BYTES, measure_ray, scale_ray
@@ -188,6 +189,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         ("ray", "actors, fed through Ray (the default)"),
         ("local", "the store's classes in this process"),
         ("memory", "memory against its formula"),
+        ("constants", "what a delta, a byte, a decomposition, a call costs in CPU time"),
     ):
         way.add_argument(f"--{name}", dest="way", action="store_const", const=name, default="ray", help=text)
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} beside this file")
@@ -202,6 +204,8 @@ def main() -> None:
     options = parse_options()
     if options.way == "memory":
         sections = [scale_memory_section()]
+    elif options.way == "constants":
+        sections = [constants_section()]
     else:
         sections = [table(options, name) for name in (SHAPES if options.shape == "all" else [options.shape])]
     about = report.machine()
