@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delve_ray.errors import DeltaRefused
@@ -98,6 +98,7 @@ def registered(world_size: int) -> Attempt:
     return attempt
 
 
+@settings(deadline=None)
 @given(data=st.data(), world_size=st.integers(1, 8))
 def test_whether_a_window_is_awaited_is_whether_anybody_is(data: st.DataObject, world_size: int) -> None:
     """Whatever happened to the rank that was last seen to be awaited."""
