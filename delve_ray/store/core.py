@@ -2,8 +2,9 @@
 
 Deltas are merged under a lock per layer; the bookkeeping is under one lock, see `windows`.
 
-Memory: 4d² bytes per layer and phase of each open window, twice that while it is published live or saved, and 4d²
-more for the last published window, which answers `covariance` and `spectrum`. A window that waits for a late rank lies
+Memory, see `memory.store_bytes`: 4d² bytes per layer and phase of each open window, up to three times that while it is
+published live or saved and deltas go on arriving, and 4d² more for the last published window, which answers
+`covariance` and `spectrum`. A window that waits for a late rank lies
 in a file. Of each layer that is being decomposed, 24d² bytes: one, or as many as `publisher.DECOMPOSING_BYTES` has room
 for where the store has cores to itself.
 """

@@ -49,11 +49,11 @@ HEADINGS = (
 def needed_bytes(widths: Sequence[int], sources: int, shards: int, *, through_ray: bool) -> int:
     """What a run takes at most, before anything is allocated: the stores, the senders' buffers and the object store.
 
-    >>> needed_bytes([1024], 1, 1, through_ray=False) >> 20
-    60
+    >>> needed_bytes([1024], 1, 1, through_ray=False) > 5 * delta_bytes([1024])
+    True
     """
     stores = store_bytes(widths, windows=2, sources=sources, saved=through_ray, cores=psutil.cpu_count() or 1).peak
-    buffers = delta_bytes(widths) * 2
+    buffers = delta_bytes(widths) * 3
     return stores + (OBJECTS_BYTES + buffers * FEEDERS if through_ray else buffers)
 
 
@@ -107,7 +107,7 @@ def table(options: argparse.Namespace, shape_name: str) -> Section:
     shape, through_ray = SHAPES[shape_name], options.way == "ray"
     widths = shape.scaled(options.width_scale)
     lines = []
-    roof = bare_add(widths, 1) / delta_bytes(widths) if not through_ray else 0.0
+    roof = 0.0
     with scale_ray() if through_ray else nullcontext():
         for sources in options.sources:
             for shards in options.shards:
@@ -115,6 +115,8 @@ def table(options: argparse.Namespace, shape_name: str) -> Section:
                 if word := too_large(needed, psutil.virtual_memory().available):
                     lines.append((str(sources), str(shards), word, *[""] * (len(HEADINGS) - 3)))
                 else:
+                    if not (through_ray or roof):
+                        roof = bare_add(widths, 1) / delta_bytes(widths)
                     measure: Callable[[], Figures] = partial(
                         measure_ray if through_ray else measure_local, widths, sources, shards, options.windows
                     )
