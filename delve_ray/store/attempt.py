@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from delve_ray.errors import DeltaRefused
 from delve_ray.store.door import refusal
 from delve_ray.store.processes import started
-from delve_ray.store.protocol import Delta, Source
+from delve_ray.store.protocol import MOST_MISSING, Delta, Source
 from delve_ray.store.window import Window
 
 AHEAD = 1024
@@ -164,7 +164,7 @@ class Attempt:
         window = self.windows.get(ordinal)
         return tuple(sorted(self.ranks - self.left - (window.closed if window else set())))
 
-    def first_missing(self, ordinal: int, most: int) -> tuple[int, ...]:
+    def first_missing(self, ordinal: int, most: int = MOST_MISSING + 1) -> tuple[int, ...]:
         """The first of `missing`: of a window that has just begun, no more than these are looked at."""
         window = self.windows.get(ordinal)
         closed = window.closed if window else ()

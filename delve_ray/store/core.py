@@ -25,18 +25,7 @@ from delve_ray.reservoir import packed_size, unpack
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
 from delve_ray.store.door import check_delta, check_held, check_source, check_total, refusal, source_of
-from delve_ray.store.protocol import (
-    MOST_MISSING,
-    Ack,
-    Delta,
-    Held,
-    LayerInfo,
-    Progress,
-    Source,
-    StoreConfig,
-    Welcome,
-    moments_size,
-)
+from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome, moments_size
 from delve_ray.store.window import Entry, Window
 from delve_ray.store.windows import WindowStore
 
@@ -333,7 +322,7 @@ class CovarianceStore(WindowStore):
         publisher = self.running()
         with self._lock:
             published = self.attempts[-1].published if self.attempts else 0
-            missing = self.attempts[-1].first_missing(published, MOST_MISSING + 1) if self.attempts else ()
+            missing = self.attempts[-1].first_missing(published) if self.attempts else ()
         return Progress(
             published, publisher.finished.is_set(), missing, publisher.metrics(), tuple(answers.problems(self))
         )
