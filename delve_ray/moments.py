@@ -39,7 +39,7 @@ waits for whichever of them gets no core. That made the fold of one layer of 256
 process, not 0.1; and small products stay in the cache."""
 _FOLD_ROWS = 64
 """Rows of a triangle that a fold adds to at a time."""
-_MAX_PENDING = 32
+MAX_PENDING = 32
 """Group means that a `PackedTotal` keeps before it folds them into the triangle with one matrix product."""
 
 
@@ -295,7 +295,7 @@ class PackedTotal:
         self.packed += packed
         self._weights.append(weight)
         self._means.append(mean.copy())
-        if len(self._weights) > _MAX_PENDING:
+        if len(self._weights) > MAX_PENDING:
             self._fold()
 
     def copy(self) -> PackedTotal:

@@ -20,19 +20,32 @@ from delve_ray.moments import F64
 from delve_ray.outbox import Outbox
 from delve_ray.packing import Packer, Pending
 from delve_ray.recorder import Recorder
-from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, Welcome
+from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, StoreConfig, Welcome
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_S = 5.0
-"""Sign of life, and refresh of the metrics that `metrics(wait=False)` answers from."""
+"""Sign of life, and refresh of the metrics that `metrics(wait=False)` answers from, see `heartbeat_s`."""
+HEARTBEATS_PER_S = 400
+"""Signs of life of all ranks together: each takes a store's process half a millisecond, so that they take a fifth of a
+core, however many ranks there are."""
 RETRY_S = (0.1, 5.0)
 """First and longest pause before a delta is offered again to a store that did not answer."""
 PACK_S = 10.0
 """How long the end waits for what is still to be packed."""
 TELL_S = 60.0
 """A store that does not answer is mentioned this often."""
+
+
+def heartbeat_s(config: StoreConfig) -> float:
+    """Seconds between two signs of life of a rank; a fourth of `silent_after` at most, unless that is less than usual.
+
+    >>> [heartbeat_s(StoreConfig("run", "/runs", ranks, silent_after=300.0)) for ranks in (1, 2000, 10_000, 100_000)]
+    [5.0, 5.0, 25.0, 75.0]
+    """
+    most = config.silent_after / 4 if config.silent_after else float("inf")
+    return max(HEARTBEAT_S, min(config.world_size / HEARTBEATS_PER_S, most))
 
 
 class Shipper:
@@ -52,9 +65,11 @@ class Shipper:
         outbox: Outbox,
         rejoin: Callable[[Held], Welcome],
         *,
+        config: StoreConfig,
         publish_every: float,
         first_step: int,
     ) -> None:
+        self.config = config
         self.store = store
         self.source = source
         self.attempt = welcome.attempt
@@ -260,7 +275,7 @@ class Shipper:
     # --- the sender's thread -----------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
-        next_heartbeat = time.monotonic() + HEARTBEAT_S
+        next_heartbeat = time.monotonic() + heartbeat_s(self.config)
         pause = 0.0
         while True:
             with self._state:
@@ -276,10 +291,12 @@ class Shipper:
             sent = True
             if found is not None:
                 sent = self._offer(*found)
-            if sent and (found is not None or self._awake or time.monotonic() >= next_heartbeat):
+            if sent and (self._awake or time.monotonic() >= next_heartbeat):
                 self._awake = False
-                self._heartbeat()
-                next_heartbeat = time.monotonic() + HEARTBEAT_S
+                self._call(self._heartbeat)
+                next_heartbeat = time.monotonic() + heartbeat_s(self.config)
+            elif sent and found is not None:  # the answer to a delta says all that a heartbeat's would
+                self._call(self._fetch)
             with self._state:
                 self._state.notify_all()
             pause = 0.0 if sent else min(max(2 * pause, RETRY_S[0]), RETRY_S[1])
@@ -369,12 +386,20 @@ class Shipper:
 
     def _heartbeat(self) -> None:
         """Say that this worker lives; fetch the metrics when a new window has been published."""
+        self.note(self.store.heartbeat(self.source, self.outbox.status()))
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Fetch the metrics when a new window has been published."""
+        ack = self.last_ack
+        if ack is not None and ack.published != self._fetched:
+            self.metrics = dict(self.store.progress().metrics)
+            self._fetched = ack.published
+
+    def _call(self, question: Callable[[], None]) -> None:
+        """Ask the store something, whatever comes of it."""
         try:
-            ack = self.store.heartbeat(self.source, self.outbox.status())
-            self.note(ack)
-            if ack.published != self._fetched:
-                self.metrics = dict(self.store.progress().metrics)
-                self._fetched = ack.published
+            question()
         except UnknownSource:
             self._register_again()
         except StoreError as error:

@@ -267,6 +267,7 @@ class SaturationTracker:
             self._recorder,
             outbox,
             partial(self._store.register, self._source, config, infos),
+            config=config,
             publish_every=live,
             first_step=first_step,
         )

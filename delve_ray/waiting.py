@@ -7,7 +7,7 @@ import time
 
 from delve_ray.errors import DelveRayError, StoreError, UnknownSource
 from delve_ray.shipping import Shipper
-from delve_ray.store.protocol import Progress, Store
+from delve_ray.store.protocol import Progress, Store, ranks_text
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def wait_published(store: Store, run: str, windows: int, deadline: float, timeou
                 raise StoreError(f"run {run!r} did not answer within {timeout:g} s{problem}")
             raise StoreError(
                 f"window {progress.published} of run {run!r} is not published after {timeout:g} s: "
-                f"ranks {list(progress.missing)} have not closed it; every rank calls add_saturations() as often"
+                f"ranks {ranks_text(progress.missing)} have not closed it; every rank calls add_saturations() as often"
             )
         time.sleep(pause)
         pause = min(2 * pause, 0.25)

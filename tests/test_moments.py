@@ -423,5 +423,5 @@ def test_a_total_keeps_a_bounded_number_of_means() -> None:
     total = PackedTotal(2)
     for _ in range(500):
         total.add(1, np.zeros(2), np.zeros(3))
-        assert len(total._means) <= moments._MAX_PENDING
+        assert len(total._means) <= moments.MAX_PENDING
     assert total.n == 500

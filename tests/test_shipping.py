@@ -18,6 +18,7 @@ from delve_ray.errors import UnknownSource
 from delve_ray.memory import worker_bytes
 from delve_ray.moments import unpack_triangle
 from delve_ray.packing import Packer
+from delve_ray.shipping import heartbeat_s
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Ack, Delta, LayerInfo
 from tests.stores import config, until
@@ -193,3 +194,28 @@ def test_layers_whose_width_nobody_knows_yet_take_no_memory(savefile: str) -> No
         assert sorted(tracker._shipper._widths()) == [3, 32]
         tracker.metrics(wait=True)
     assert [(row["layer"], row["features"]) for row in read_spectra(savefile).to_pylist()] == [("0", 32), ("2", 3)]
+
+
+def test_a_delta_costs_one_call_and_its_answer_brings_the_metrics(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Signs of life are for those who have nothing to send."""
+    monkeypatch.setattr("delve_ray.shipping.HEARTBEAT_S", 1000.0)
+    model = nn.Linear(FEATURES, 3)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        link = link_of(tracker)
+        for window in range(3):
+            model(torch.randn(20, FEATURES))
+            tracker.add_saturations(step=window)
+            until(lambda window=window: link.store.progress().published == window + 1)  # type: ignore[misc]
+        assert link.calls == 3
+        until(lambda: tracker.metrics(), "the answer to the second delta told of the first window")
+        assert set(tracker.metrics()) == set(tracker.metrics(wait=True))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "silent_after", "seconds"),
+    [(1, 300.0, 5.0), (10_000, 300.0, 25.0), (10_000, 40.0, 10.0), (4000, 0.0, 10.0)],
+)
+def test_signs_of_life_are_rarer_with_thousands_of_ranks(ranks: int, silent_after: float, seconds: float) -> None:
+    assert heartbeat_s(config(world_size=ranks, silent_after=silent_after)) == seconds

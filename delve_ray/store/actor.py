@@ -37,6 +37,7 @@ from delve_ray.store.remote import RemoteStore as RemoteStore
 from delve_ray.store.remote import connect as connect
 from delve_ray.store.remote import find as find
 from delve_ray.store.remote_spectra import MOST_TASKS, RemoteSpectra
+from delve_ray.store.room import check_room
 from delve_ray.store.saving import Saver
 
 log = logging.getLogger(__name__)
@@ -149,7 +150,19 @@ class StoreActor:
         self, source: Source, config: StoreConfig, layers: Sequence[LayerInfo], held: Held | None = None
     ) -> Welcome:
         """See `protocol.Store.register`."""
+        if self._shard is None and not self._store.joined:
+            self._check_room(layers)
         return self._store.register(source, config, layers, held)
+
+    def _check_room(self, layers: Sequence[LayerInfo]) -> None:
+        """Raise RegistrationError where the moments of a run do not fit the nodes of its stores."""
+        nodes = [ray.get_runtime_context().get_node_id()]
+        if isinstance(self._store, FrontStore):
+            nodes = [self._status_of(shard).get("node") for shard in range(self._store.config.num_shards)]
+        memory = {
+            node["NodeID"]: node["Resources"].get("memory", float("inf")) for node in ray.nodes() if node["Alive"]
+        }
+        check_room(self._store.config, layers, nodes, memory)
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """See `protocol.Store.take`. The buffer is a view of Ray's object store; it is read, never kept."""

@@ -7,6 +7,8 @@ that says so and all before it are there.
 
 from __future__ import annotations
 
+import itertools
+import random
 import threading
 import time
 from dataclasses import dataclass, field
@@ -14,11 +16,12 @@ from dataclasses import dataclass, field
 from delve_ray.errors import DeltaRefused
 from delve_ray.store.door import refusal
 from delve_ray.store.processes import started
-from delve_ray.store.protocol import Delta, Source
+from delve_ray.store.protocol import MOST_MISSING, Delta, Source
 from delve_ray.store.window import Window
 
 AHEAD = 1024
 """How far beyond the first delta that is missing the store takes deltas of a source; others are to come later."""
+_CHOICE = random.Random(0)  # of its own: the global generator is the training's
 
 
 @dataclass(slots=True)
@@ -34,7 +37,6 @@ class Member:
         changed: version of the store's state at the last change of this member.
         left: whether it has completed, so that nothing waits for it.
         outbox: what waits at the source, by its own account.
-        waiting: whether it has asked to leave and will ask again.
         started: when its process was started, where this machine can see it.
     """
 
@@ -48,7 +50,6 @@ class Member:
     left: bool = False
     heard: float = field(default_factory=time.monotonic)
     outbox: dict[str, int] = field(default_factory=dict)
-    waiting: bool = False
     started: str | None = None
     # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -96,6 +97,8 @@ class Attempt:
         first_step: the step from which it replays: the label of the first window that a rank closed.
         published: windows before this one have been published as final.
         widths: features of layers whose first forward tells, by index.
+        left: ranks that have completed: they have closed every window.
+        waiting: ranks that have asked to leave and will ask again.
     """
 
     number: int
@@ -106,17 +109,29 @@ class Attempt:
     members: dict[int, Member] = field(default_factory=dict)
     windows: dict[int, Window] = field(default_factory=dict)
     widths: dict[int, int] = field(default_factory=dict)
+    left: set[int] = field(default_factory=set)
+    waiting: set[int] = field(default_factory=set)
     began: float = field(default_factory=time.monotonic)
+
+    def admit(self, member: Member) -> None:
+        """Make a source the member of its rank, in place of one that was."""
+        rank = member.source.rank
+        self.members[rank] = member
+        self.waiting.discard(rank)
+        if member.left:
+            self.left.add(rank)
+        else:
+            self.left.discard(rank)
+
+    def leave(self, member: Member) -> None:
+        """Note that a member has completed."""
+        member.left = True
+        self.left.add(member.source.rank)
 
     @property
     def ranks(self) -> set[int]:
         """All ranks, registered or not."""
         return set(range(self.world_size))
-
-    @property
-    def left(self) -> set[int]:
-        """Ranks that have completed: they have closed every window."""
-        return {rank for rank, member in self.members.items() if member.left}
 
     def heard(self, rank: int) -> float:
         """When a rank was last heard of, by the monotonic clock; one that never came, when the attempt began."""
@@ -128,10 +143,33 @@ class Attempt:
         open_ranks = self.ranks - window.closed - self.left
         return {rank for rank in open_ranks if self.heard(rank) >= silent_before}
 
+    def is_awaited(self, window: Window, silent_before: float) -> bool:
+        """Whether `awaited` is not empty, at a cost that does not grow with the ranks.
+
+        One that is awaited answers until it has closed the window. It was chosen at random, so that in whatever order
+        n ranks close, the set is made about log n times, and not n times.
+        """
+        rank = window.awaits
+        if rank is not None and rank not in window.closed and rank not in self.left:
+            if self.heard(rank) >= silent_before:
+                return True
+        elif len(window.closed) >= self.world_size:
+            return False
+        found = self.awaited(window, silent_before)
+        window.awaits = _CHOICE.choice(tuple(found)) if found else None
+        return bool(found)
+
     def missing(self, ordinal: int) -> tuple[int, ...]:
         """Ranks that have not closed a window, whether they may still or not."""
         window = self.windows.get(ordinal)
         return tuple(sorted(self.ranks - self.left - (window.closed if window else set())))
+
+    def first_missing(self, ordinal: int, most: int = MOST_MISSING + 1) -> tuple[int, ...]:
+        """The first of `missing`: of a window that has just begun, no more than these are looked at."""
+        window = self.windows.get(ordinal)
+        closed = window.closed if window else ()
+        there = (rank for rank in range(self.world_size) if rank not in closed and rank not in self.left)
+        return tuple(itertools.islice(there, most))
 
     def window(self, delta: Delta) -> Window | None:
         """The window that a delta belongs to, made if it is new; None if it is settled, and nobody waits for it.

@@ -2,8 +2,9 @@
 
 Deltas are merged under a lock per layer; the bookkeeping is under one lock, see `windows`.
 
-Memory: 4d² bytes per layer and phase of each open window, twice that while it is published live or saved, and 4d²
-more for the last published window, which answers `covariance` and `spectrum`. A window that waits for a late rank lies
+Memory, see `memory.store_bytes`: 4d² bytes per layer and phase of each open window, up to three times that while it is
+published live or saved and deltas go on arriving, and 4d² more for the last published window, which answers
+`covariance` and `spectrum`. A window that waits for a late rank lies
 in a file. Of each layer that is being decomposed, 24d² bytes: one, or as many as `publisher.DECOMPOSING_BYTES` has room
 for where the store has cores to itself. A layer that is sketched with k columns takes 8d(k + 1) bytes in place of 4d².
 """
@@ -137,18 +138,21 @@ class CovarianceStore(IntakeStore):
             member.heard = time.monotonic()
             there = member.next_seq >= sent
             if completed and there and not member.left:
-                member.left = True
+                attempt.leave(member)
                 for window in attempt.windows.values():
                     if source.rank not in window.closed:
                         window.touch()
                 self._touch(member)
                 self._advance(attempt)
-                if attempt is self.attempts[-1] and attempt.left == attempt.ranks:
+                if attempt is self.attempts[-1] and len(attempt.left) == attempt.world_size:
                     self._finish("closed")
             if self.saver is not None and self.ending is None:
                 self.saver.hurry()
             ack = replace(self._ack(attempt, member), left=member.left or (there and not completed))
-            member.waiting = ack.finished or not (ack.left and ack.saved)
+            if ack.finished or not (ack.left and ack.saved):
+                attempt.waiting.add(source.rank)
+            else:
+                attempt.waiting.discard(source.rank)
             return ack
 
     # --- answers -----------------------------------------------------------------------------------------------
@@ -158,7 +162,7 @@ class CovarianceStore(IntakeStore):
         publisher = self.running()
         with self._lock:
             published = self.attempts[-1].published if self.attempts else 0
-            missing = self.attempts[-1].missing(published) if self.attempts else ()
+            missing = self.attempts[-1].first_missing(published) if self.attempts else ()
         return Progress(
             published, publisher.finished.is_set(), missing, publisher.metrics(), tuple(answers.problems(self))
         )
@@ -227,10 +231,11 @@ class CovarianceStore(IntakeStore):
     def goodbye(self, source: Source) -> bool:
         """A source has its last answer; whether nobody waits for one any more."""
         with self._lock:
-            members = [member for attempt in self.attempts for member in attempt.members.values()]
-            for member in members:
-                member.waiting = member.waiting and member.source != source
-            return not any(member.waiting for member in members)
+            for attempt in self.attempts:
+                member = attempt.members.get(source.rank)
+                if member is not None and member.source == source:
+                    attempt.waiting.discard(source.rank)
+            return not any(attempt.waiting for attempt in self.attempts)
 
     def end(self, source: Source) -> None:
         """Nothing to release: the threads end by themselves once the run has finished."""

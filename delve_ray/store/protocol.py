@@ -293,9 +293,25 @@ class Ack:
     late: bool = False
 
 
+MOST_MISSING = 32
+"""Ranks that are named where ranks are missing."""
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """Ranks in words, the first of many.
+
+    >>> ranks_text([0, 5]), ranks_text(range(40)).endswith("30, 31] and others")
+    ('[0, 5]', True)
+    """
+    return f"{list(ranks[:MOST_MISSING])}{' and others' if len(ranks) > MOST_MISSING else ''}"
+
+
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far the current attempt is published, and who keeps the next window open."""
+    """How far the current attempt is published, and who keeps the next window open.
+
+    `missing` are the first `MOST_MISSING` of these ranks, and one more where there are more: every rank asks.
+    """
 
     published: int
     finished: bool

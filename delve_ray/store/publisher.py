@@ -34,13 +34,13 @@ _POLL_S = 0.5
 """How often the publisher looks for live windows and for silence when nothing is submitted."""
 DECOMPOSING_BYTES = 2 << 30
 """Memory of the decompositions that run side by side: as many as have room for a layer of the widest kind each."""
-_BYTES_PER_ENTRY = 24
+BYTES_PER_ENTRY = 24
 """Of a matrix that is decomposed, per value: itself, LAPACK's copy of it, and what its statistics take."""
 
 
 def _decomposing_bytes(entry: Entry) -> int:
     """What the decomposition of a layer takes."""
-    return head_bytes(entry.columns) if entry.columns else _BYTES_PER_ENTRY * entry.features**2
+    return head_bytes(entry.columns) if entry.columns else BYTES_PER_ENTRY * entry.features**2
 
 
 @dataclass(frozen=True, slots=True)

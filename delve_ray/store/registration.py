@@ -87,7 +87,7 @@ def admit(attempt: Attempt, source: Source, held: Held | None) -> Member:
                 window.closed.add(source.rank)
                 window.broken.add(source.rank)
                 window.touch()
-    attempt.members[source.rank] = member
+    attempt.admit(member)
     return member
 
 

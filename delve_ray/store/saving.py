@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,6 +68,12 @@ class _Snapshot:
     version: int
     marks: dict[str, int]
     parked: frozenset[str]
+
+
+def _taken(cuts: list[Cut]) -> Iterator[Cut]:
+    cuts.reverse()
+    while cuts:
+        yield cuts.pop()
 
 
 def load_window(storage: Storage, name: str) -> dict[tuple[int, int], Entry]:
@@ -278,7 +284,8 @@ class Saver:
             self._clean(kept)
 
     def _put(self, name: str, kind: str, header: dict[str, Any], cuts: list[Cut]) -> None:
-        self.storage.write_atomic(f"{FOLDER}/{name}", encode(kind, header, cut_arrays(cuts)))
+        """Write a frame. The cuts are taken out of their list, so that what was merged anew is freed layer by layer."""
+        self.storage.write_atomic(f"{FOLDER}/{name}", encode(kind, header, cut_arrays(_taken(cuts))))
 
     def _check_alone(self) -> None:
         """Give way to a store that was started later: Ray has restarted this one's actor elsewhere."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -21,6 +21,7 @@ from delve_ray.store.protocol import LayerInfo, Source, StoreConfig
 from delve_ray.store.window import Collected, Cut, Entry, Window
 from delve_ray.writers.base import Scalar
 
+_SOURCE = tuple(item.name for item in fields(Source))
 Scalars = Mapping[tuple[str, int], tuple[Scalar, ...]]
 
 
@@ -218,7 +219,8 @@ def _attempt_header(attempt: Attempt) -> dict[str, Any]:
         "widths": list(attempt.widths.items()),
         "members": [
             {
-                "source": asdict(member.source),
+                # Not asdict, which copies deeply: this is done for every rank while nothing is merged.
+                "source": {name: getattr(member.source, name) for name in _SOURCE},
                 "next_seq": member.next_seq,
                 "above": sorted(member.above),
                 "closing": list(member.closing.items()),
@@ -252,7 +254,7 @@ def _attempt(header: Mapping[str, Any], arrays: Iterator[F64], where: str) -> At
             left=values["left"],
             started=started(source),
         )
-        attempt.members[member.source.rank] = member
+        attempt.admit(member)
     for values in header["windows"]:
         window = Window(
             values["ordinal"],

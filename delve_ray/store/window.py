@@ -206,6 +206,7 @@ class Window:
         unwritten: final publications that not all writers have written.
         parked: name of the file that holds its entries while they are not in memory.
         version: rises with everything that arrives.
+        awaits: a rank that had not closed it when somebody looked, see `Attempt.is_awaited`.
     """
 
     ordinal: int
@@ -221,6 +222,7 @@ class Window:
     unwritten: int = 0
     parked: str | None = None
     version: int = 0
+    awaits: int | None = None
 
     def entry(self, layer: int, phase: int, features: int) -> Entry:
         """The entry of a layer and phase, made when it is first needed."""

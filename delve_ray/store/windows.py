@@ -20,7 +20,7 @@ from delve_ray.errors import OptionError, ReadError, StoreError
 from delve_ray.storage import Storage, masked
 from delve_ray.store import registration
 from delve_ray.store.attempt import Attempt, Member
-from delve_ray.store.protocol import NOT_ON_DISK, LayerInfo, StoreConfig
+from delve_ray.store.protocol import NOT_ON_DISK, LayerInfo, StoreConfig, ranks_text
 from delve_ray.store.publisher import Publisher
 from delve_ray.store.publishing import Compute, layer_row
 from delve_ray.store.run_file import RunFile
@@ -189,6 +189,7 @@ class WindowStore:
         """Publish what is complete or overdue, in the order of the windows, and drop what is settled."""
         now = time.monotonic()
         silent_before = now - self.config.silent_after if self.config.silent_after else float("-inf")
+        kept: list[tuple[int, Window]] = []
         for ordinal, window in sorted(attempt.windows.items()):
             complete = self._is_complete(window, attempt, silent_before)
             if not window.published:
@@ -199,7 +200,7 @@ class WindowStore:
                     log.warning(
                         "run %s: step %d is published without ranks %s, which have not closed it; what they still send "
                         "corrects it",
-                        *(self.config.run, window.step, list(missing)),
+                        *(self.config.run, window.step, ranks_text(missing)),
                     )
                 self._submit(attempt, [window])
             elif complete and self._has_news(window, attempt):
@@ -208,17 +209,18 @@ class WindowStore:
             if complete and self._is_settled(window, attempt):
                 del attempt.windows[ordinal]
                 self._touch()
+            elif complete and window.published and not window.parked:
+                kept.append((ordinal, window))
         # What a writer is behind with stays in memory up to a bound, the newest windows first.
         room = UNWRITTEN_BYTES
-        for ordinal, window in sorted(attempt.windows.items(), reverse=True):
-            if window.published and not window.parked and not attempt.awaited(window, silent_before):
-                room -= sum(entry.nbytes for entry in window.entries.values())
-                if room < 0:
-                    del attempt.windows[ordinal]
+        for ordinal, window in reversed(kept):
+            room -= sum(entry.nbytes for entry in window.entries.values())
+            if room < 0:
+                del attempt.windows[ordinal]
 
     def _is_complete(self, window: Window, attempt: Attempt, silent_before: float) -> bool:
         """Whether nobody is waited for any more."""
-        return not attempt.awaited(window, silent_before)
+        return not attempt.is_awaited(window, silent_before)
 
     def _has_news(self, window: Window, attempt: Attempt) -> bool:
         """Whether a complete window may be published: for the first time, or corrected."""

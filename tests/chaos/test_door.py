@@ -29,7 +29,7 @@ from tests.helpers import covariance_error, two_pass_covariance
 ROUNDS = 100_000
 MOST_BYTES = 16 << 20
 """What the process may grow by in the second half of the rounds."""
-COUNTERS = ("refused", "repeated", "late", "bytes", "ranks")
+COUNTERS = ("refused", "repeated", "late", "bytes", "ranks", "windows")
 CONFIG = config(world_size=3, save_to=())
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from delve_ray.errors import DeltaRefused
@@ -86,3 +89,59 @@ def test_a_late_delta_counts_only_before_the_step_that_is_replayed(
             check_late(delta, before, current)
     else:
         assert check_late(delta, before, current) is taken
+
+
+def registered(world_size: int) -> Attempt:
+    attempt = Attempt(0, "", world_size)
+    for rank in range(world_size):
+        attempt.admit(Member(source(rank)))
+    return attempt
+
+
+@settings(deadline=None)
+@given(data=st.data(), world_size=st.integers(1, 8))
+def test_whether_a_window_is_awaited_is_whether_anybody_is(data: st.DataObject, world_size: int) -> None:
+    """Whatever happened to the rank that was last seen to be awaited."""
+    attempt, window = registered(world_size), Window(0, 0)
+    ranks = st.integers(0, world_size - 1)
+    for _ in range(data.draw(st.integers(1, 20))):
+        what, rank = (
+            data.draw(st.sampled_from(["closes", "leaves", "is silent", "is heard", "is replaced"])),
+            data.draw(ranks),
+        )
+        if what == "closes":
+            window.closed.add(rank)
+        elif what == "leaves":
+            attempt.leave(attempt.members[rank])
+        elif what == "is replaced":
+            attempt.admit(Member(source(rank, name="another")))
+        else:
+            attempt.members[rank].heard = -10.0 if what == "is silent" else 10.0
+        for silent_before in (float("-inf"), 0.0):
+            assert attempt.is_awaited(window, silent_before) == bool(attempt.awaited(window, silent_before))
+        assert attempt.left == {rank for rank, member in attempt.members.items() if member.left}
+        for most in (0, 1, 3):
+            assert attempt.first_missing(0, most) == attempt.missing(0)[:most]
+
+
+@pytest.mark.parametrize("order", ["ascending", "descending", "shuffled"])
+def test_all_closes_of_a_window_look_at_all_ranks_a_few_times(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In expectation 1 + 1/2 + … + 1/n times, 7.5 for 1,024 ranks; not once for each close."""
+    ranks = list(range(1024))
+    if order == "shuffled":
+        random.Random(1).shuffle(ranks)
+    attempt, window = registered(1024), Window(0, 0)
+    looks = 0
+    awaited = Attempt.awaited
+
+    def counted(*args: Any) -> set[int]:
+        nonlocal looks
+        looks += 1
+        return awaited(*args)
+
+    monkeypatch.setattr(Attempt, "awaited", counted)
+    for rank in ranks if order != "descending" else reversed(ranks):
+        assert attempt.is_awaited(window, float("-inf"))
+        window.closed.add(rank)
+    assert not attempt.is_awaited(window, float("-inf"))
+    assert looks < 64
