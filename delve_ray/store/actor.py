@@ -156,12 +156,13 @@ class StoreActor:
 
     def _check_room(self, layers: Sequence[LayerInfo]) -> None:
         """Raise RegistrationError where the moments of a run do not fit the nodes of its stores."""
-        nodes = [ray.get_runtime_context().get_node_id()]
+        if not (isinstance(layers, list | tuple) and all(type(info) is LayerInfo for info in layers)):
+            return  # the store says what is wrong with them
+        nodes: list[str | None] = [ray.get_runtime_context().get_node_id()]
         if isinstance(self._store, FrontStore):
             nodes = [self._status_of(shard).get("node") for shard in range(self._store.config.num_shards)]
-        memory = {
-            node["NodeID"]: node["Resources"].get("memory", float("inf")) for node in ray.nodes() if node["Alive"]
-        }
+        alive = [node for node in ray.nodes() if node["Alive"]]
+        memory = {node["NodeID"]: node["Resources"].get("memory", float("inf")) for node in alive}
         check_room(self._store.config, layers, nodes, memory)
 
     def take(self, delta: Delta, buffer: F64) -> Ack:

@@ -44,12 +44,13 @@ def check_room(
         who = f"shards {shards}" if config.num_shards > 1 else "the store"
         where = f"run {config.run!r}: {who} on node {node[:12]}"
         remedy = (
-            "leave layers out, lower max_features so that more of them are sketched, raise num_shards on more nodes, or "
-            "start the store where there is more memory"
+            "leave layers out, lower max_features so that more of them are sketched, raise num_shards on more nodes, "
+            "or start the store where there is more memory"
         )
         if least > memory[node]:
             raise RegistrationError(
-                f"{where} would take at least {_gib(least)} for moments, and the node has {_gib(memory[node])}; {remedy}"
+                f"{where} would take at least {_gib(least)} for moments, and the node has {_gib(memory[node])}; "
+                f"{remedy}"
             )
         if most > memory[node]:
             log.warning(

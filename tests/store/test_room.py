@@ -54,5 +54,5 @@ def test_sketches_fit_where_triangles_do_not() -> None:
     sketched = replace(whole, max_features=1024, sketch_size=64)
     memory = {"a": float(shares(sketched, layers, phases=1)[0].resting)}
     check_room(sketched, layers, ["a"], memory)
-    with pytest.raises(RegistrationError, match="the store on node a would take at least 0.5"):
+    with pytest.raises(RegistrationError, match=r"the store on node a would take at least 0\.5"):
         check_room(whole, layers, ["a"], memory)
