@@ -20,7 +20,7 @@ from delve_ray.moments import F64
 from delve_ray.reservoir import packed_size
 from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
-from delve_ray.store.door import refusal
+from delve_ray.store.door import check_bundle, check_delta
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import (
@@ -47,6 +47,7 @@ class ShardedStore:
     def __init__(self, front: Store, shards: Sequence[Store]) -> None:
         self.front = front
         self.shards = list(shards)
+        self._run = ""
         self._layers: list[LayerInfo] = []
         self._assigned: list[int] = []
         self._rule = WHOLE
@@ -77,18 +78,16 @@ class ShardedStore:
 
     def know(self, layers: Sequence[LayerInfo], config: StoreConfig) -> None:
         """The run's layers, for one who does not register."""
-        self._layers = list(layers)
+        self._run, self._layers = config.run, list(layers)
         self._rule = config.sketching
         self._assigned = assign(layers, len(self.shards), self._rule)
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
-        """Merge a delta once, each shard its part."""
+        """Merge a delta once, each shard its part; what is wrong anywhere in it reaches none of them."""
         if not self._layers:
             raise UnknownSource(f"rank {delta.source.rank} has not registered yet, which says what the shards have")
-        try:
-            pieces = self._cut(delta, buffer)
-        except (LookupError, TypeError, ValueError) as error:
-            raise refusal(delta, f"it is not one of this run's layers ({type(error).__name__}: {error})") from error
+        check_delta(delta, buffer, self._run, self._layers, self._rule)
+        pieces = self._cut(delta, buffer)
         acks = self._each(lambda index, shard: shard.take(*pieces[index]))
         if any(ack.busy for ack in acks):  # the front does not hear of what is not in all shards
             return _both(self.front.heartbeat(delta.source), acks)
@@ -100,14 +99,12 @@ class ShardedStore:
 
         Where any store does not have them all now, each of them is to be offered by itself, to all stores again.
         """
-        try:
-            pieces = self._cut(bundle.total, buffer)
-            parts = [
-                Bundle(tuple(self._share(header, shard) for header in bundle.headers), piece).sealed(part)
-                for shard, (piece, part) in enumerate(pieces)
-            ]
-        except (LookupError, TypeError, ValueError) as error:
-            raise refusal(bundle.total, f"it is not one of this run's layers ({type(error).__name__})") from error
+        check_bundle(bundle, buffer, self._run, self._layers, self._rule)
+        pieces = self._cut(bundle.total, buffer)
+        parts = [
+            Bundle(tuple(self._share(header, shard) for header in bundle.headers), piece).sealed(part)
+            for shard, (piece, part) in enumerate(pieces)
+        ]
         answers = self._each(lambda index, shard: shard.take_bundle(parts[index], pieces[index][1]))
         acks = [[ack for ack in column if ack is not None and not ack.busy] for column in zip(*answers, strict=True)]
         if any(len(column) < len(self.shards) for column in acks):
@@ -237,18 +234,19 @@ def _slices(sizes: Sequence[int], start: int) -> list[slice]:
 def _both(front: Ack, shards: Sequence[Ack]) -> Ack:
     """What all stores together have: a delta is there if all have it, and safe if all of their snapshots do."""
     acks = [front, *shards]
+    busy = any(ack.busy for ack in acks)
     first = min(ack.next_seq for ack in acks)
     some = {seq for ack in acks for seq in (*ack.above, *range(first, ack.next_seq))}
     above = sorted(seq for seq in some if all(seq < ack.next_seq or seq in ack.above for ack in acks))
     return replace(
         front,
-        merged=any(ack.merged for ack in acks),
+        merged=any(ack.merged for ack in acks) and not busy,
         refused=tuple(refused for ack in acks for refused in ack.refused),
         next_seq=first,
         above=tuple(above),
         durable=min(ack.durable for ack in acks),
         saved=all(ack.saved for ack in acks),
         left=all(ack.left for ack in acks),
-        busy=any(ack.busy for ack in acks),
+        busy=busy,
         late=any(ack.late for ack in acks),
     )

