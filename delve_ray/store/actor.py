@@ -85,7 +85,8 @@ class StoreActor:
             elsewhere=MOST_TASKS,
         )
         self._ended = threading.Event()
-        Monitor(self._core).start(self._ended)
+        part = "front" if config.num_shards > 1 else "all" if shard is None else str(shard)
+        Monitor(self._core, shard=part).start(self._ended)
         self._released = False  # whether all workers have their last answer
         self._ready = threading.Event()
         self._problem = "the store is being restored"

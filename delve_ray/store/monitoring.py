@@ -29,7 +29,7 @@ SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Name, kind ("counter", "gauge" or "histogram"), what it says, and its tags beside `run`."""
+    """Name, kind ("counter", "gauge" or "histogram"), what it says, and its tags beside `COMMON_TAGS`."""
 
     name: str
     kind: str
@@ -37,6 +37,9 @@ class Metric:
     tags: tuple[str, ...] = ()
 
 
+COMMON_TAGS = ("run", "shard")
+"""`shard` is a shard's number, "front" for what has the files of a run with shards, "all" for a store without. Deltas
+are counted by each shard and by the front."""
 METRICS = (
     Metric("delve_ray_deltas_total", "counter", "Deltas that were merged"),
     Metric("delve_ray_bytes_total", "counter", "Bytes of the moments that were merged"),
@@ -59,14 +62,16 @@ _COUNTS = ("deltas", "bytes", "refused", "repeated", "late")
 
 
 class Monitor:
-    """Keeps Ray's metrics up to date with a store.
+    """Keeps Ray's metrics up to date with a store, or with one of the stores of a run with shards.
 
     `make` makes the object of a metric, with Ray's methods inc, set and observe, and for a counter `begin`, which
     exports it as zero; by default those of ray.util.metrics.
     """
 
-    def __init__(self, store: CovarianceStore, make: Callable[[Metric], Any] | None = None) -> None:
-        self._store = store
+    def __init__(
+        self, store: CovarianceStore, make: Callable[[Metric], Any] | None = None, *, shard: str = "all"
+    ) -> None:
+        self._store, self._shard = store, shard
         self._metrics = {metric.name: (make or _of_ray)(metric) for metric in METRICS}
         self._told: dict[str, int] = {}
         self._ranks: set[str] = set()
@@ -139,7 +144,7 @@ class Monitor:
             self._told[key] = total
 
     def _tags(self, tags: Mapping[str, str]) -> dict[str, str]:
-        return {"run": self._store.config.run, **tags}
+        return {"run": self._store.config.run, "shard": self._shard, **tags}
 
 
 def _rank_values(rank: Mapping[str, Any]) -> dict[str, float]:
@@ -176,5 +181,7 @@ def _of_ray(metric: Metric) -> Any:
 
     kinds: dict[str, Any] = {"counter": metrics.Counter, "gauge": metrics.Gauge, "histogram": metrics.Histogram}
     more = {"boundaries": SECONDS} if metric.kind == "histogram" else {}
-    made = kinds[metric.kind](metric.name, description=metric.description, tag_keys=("run", *metric.tags), **more)
+    made = kinds[metric.kind](
+        metric.name, description=metric.description, tag_keys=(*COMMON_TAGS, *metric.tags), **more
+    )
     return _Counter(made) if metric.kind == "counter" else made

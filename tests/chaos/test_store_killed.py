@@ -26,7 +26,8 @@ from tests.helpers import covariance_error, two_pass_covariance
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 WORKERS = 3
-KILLS = 50
+KILLS, KILLS_WITH_SHARDS = 50, 15
+SHARDS = 2
 STEP_S = 0.03
 """Pause between batches: kills land in windows, not only between them."""
 
@@ -68,7 +69,7 @@ class Unreliable:
 class Worker:
     """One rank: a convolution and a Linear, and a copy of every row that they put out."""
 
-    def track(self, savefile: str, run: str, rank: int) -> None:
+    def track(self, savefile: str, run: str, rank: int, num_shards: int = 1) -> None:
         import torch
         from torch import nn
 
@@ -76,6 +77,7 @@ class Worker:
         self.generator = torch.Generator().manual_seed(100 + rank)
         self.model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.Flatten(), nn.Linear(20, 9))
         options = {"run": run, "rank": rank, "world_size": WORKERS, "publish_every": 0.05, "stats": "cov"}
+        options["num_shards"] = num_shards
         self.tracker = delve_ray.SaturationTracker(savefile, "parquet", self.model, **options)
         self.tracker._shipper.store = Unreliable(self.tracker._shipper.store, rank)  # type: ignore[assignment]
         self.kept: dict[tuple[int, str], list[np.ndarray]] = {}
@@ -102,21 +104,22 @@ class Worker:
         return {key: np.concatenate(rows) for key, rows in self.kept.items()}
 
 
-def store_process(session: str) -> int | None:
-    """The process of the store's actor in this Ray, and in no other that runs on this machine."""
+def store_processes(session: str) -> list[int]:
+    """The processes of the store's actors in this Ray, and in no other that runs on this machine."""
+    found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and (entry / "cmdline").read_bytes().startswith(b"ray::StoreActor"):
                 parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
                 if session.encode() in Path("/proc", parent, "cmdline").read_bytes():
-                    return int(entry.name)
+                    found.append(int(entry.name))
         except OSError:  # it has just ended
             continue
-    return None
+    return found
 
 
 class Killer(threading.Thread):
-    """Kills the store's process at random instants, each of its lives once."""
+    """Kills a process of the store at random instants, each of its lives once."""
 
     def __init__(self, session: str, kills: int) -> None:
         super().__init__(daemon=True)
@@ -127,10 +130,11 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         while self.left:
-            pid = store_process(self.session)
-            if pid is None or pid in self.killed:
+            alive = [pid for pid in store_processes(self.session) if pid not in self.killed]
+            if not alive:
                 time.sleep(0.02)
                 continue
+            pid = self.random.choice(alive)
             time.sleep(self.random.expovariate(4.0))
             os.kill(pid, signal.SIGKILL)
             self.killed.append(pid)
@@ -138,20 +142,23 @@ class Killer(threading.Thread):
 
 
 @pytest.mark.timeout(900)
-def test_a_store_that_is_killed_fifty_times_loses_nothing_and_repeats_nothing(ray_session: None, savefile: str) -> None:
+@pytest.mark.parametrize(("kills", "num_shards"), [(KILLS, 1), (KILLS_WITH_SHARDS, SHARDS)], ids=["one", "shards"])
+def test_a_store_that_is_killed_again_and_again_loses_nothing_and_repeats_nothing(
+    kills: int, num_shards: int, ray_session: None, savefile: str
+) -> None:
     import ray
 
     session = Path(ray._private.worker.global_worker.node.get_session_dir_path()).name
     team = [ray.remote(Worker).options(num_cpus=0.5).remote() for _ in range(WORKERS)]
-    ray.get([worker.track.remote(savefile, "killed", rank) for rank, worker in enumerate(team)])
-    killer = Killer(session, times(KILLS))
+    ray.get([worker.track.remote(savefile, "killed", rank, num_shards) for rank, worker in enumerate(team)])
+    killer = Killer(session, times(kills))
     killer.start()
     chance, step = random.Random(5), 0
     while killer.is_alive() or step < 5:
         ray.get([worker.train.remote(step, chance.randrange(5)) for worker in team])
         step += 1
     kept = ray.get([worker.close.remote() for worker in team])
-    assert len(set(killer.killed)) == times(KILLS)
+    assert len(set(killer.killed)) == times(kills)
     check(savefile, kept, step)
     with pytest.raises(delve_ray.StoreError, match="has no store"):
         delve_ray.get_store("killed")
@@ -159,7 +166,7 @@ def test_a_store_that_is_killed_fifty_times_loses_nothing_and_repeats_nothing(ra
         ray.kill(worker)
     scalars = delve_ray.read_scalars(savefile).to_pylist()
     assert [(s["step"], s["rank"]) for s in scalars] == [(s, rank) for s in range(step) for rank in range(WORKERS)]
-    print(f"{times(KILLS)} kills in {step} windows of {WORKERS} workers")
+    print(f"{times(kills)} kills in {step} windows of {WORKERS} workers")
 
 
 def check(savefile: str, kept: list[dict[tuple[int, str], np.ndarray]], steps: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import ray._private.ray_constants as ray_constants
 
-from delve_ray.store.monitoring import METRICS
+from delve_ray.store.monitoring import COMMON_TAGS, METRICS
 from tests.cluster.files import CLUSTER, documents, read, tool
 
 DASHBOARD: dict[str, Any] = json.loads(read("grafana.json"))
@@ -90,7 +90,7 @@ def test_expressions_ask_for_what_is_exported_with_tags_that_it_has() -> None:
         assert len(asked) == len(re.findall(r"\bray_\w+", expression)), "a metric without a choice of runs"
         for name, labels in asked:
             assert name in EXPORTED, name
-            tags = {"run", *EXPORTED[name].tags}
+            tags = {*COMMON_TAGS, *EXPORTED[name].tags}
             assert set(labels) <= tags, expression
             assert labels["run"] == '"$run"'
             grouped = re.findall(r"\bby \(([^)]*)\)", expression)
@@ -100,7 +100,7 @@ def test_expressions_ask_for_what_is_exported_with_tags_that_it_has() -> None:
 def test_legends_name_what_is_left_of_the_tags() -> None:
     for panel in PANELS:
         for target in panel["targets"]:
-            (grouped,) = re.findall(r"\bby \(([^)]*)\)", target["expr"])
+            grouped, *_ = re.findall(r"\bby \(([^)]*)\)", target["expr"])
             named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
             assert named, panel["title"]
             assert named <= set(grouped.split(", ")) - {"le"}, panel["title"]

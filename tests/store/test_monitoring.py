@@ -26,7 +26,7 @@ class Recorded:
         self.values: dict[tuple[str, ...], Any] = defaultdict(float)
 
     def _key(self, tags: dict[str, str]) -> tuple[str, ...]:
-        assert set(tags) == {"run", *self.metric.tags}
+        assert set(tags) == {"run", "shard", *self.metric.tags}
         assert all(type(value) is str for value in tags.values())
         return tuple(tags[name] for name in self.metric.tags)
 
