@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ _LARGEST_SCALING = 100
 """Rows on a device are scaled up by 2^100 at most: 2^-149, the smallest float32, is then 2^-49."""
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Group:
     """What is known of a group, all on its device: rows that count and rows left out, int64; the mean of the rows as
     they were, and of what was left after a rounded one was subtracted, float64 (D,); and what products are to be
     multiplied with, squared, float64.

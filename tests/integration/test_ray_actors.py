@@ -219,6 +219,29 @@ def train():
 """
 
 
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_run_that_its_nodes_have_no_memory_for_is_refused(ray_session: None, savefile: str, num_shards: int) -> None:
+    import ray
+
+    from delve_ray.errors import RegistrationError
+    from delve_ray.store.actor import RemoteStore
+    from delve_ray.store.protocol import LayerInfo, Source
+
+    memory = sum(node["Resources"]["memory"] for node in ray.nodes() if node["Alive"])
+    layers = [LayerInfo(f"layer{index}", "Linear", 8192) for index in range(int(num_shards * memory / 4 / 8192**2) + 9)]
+    run = f"too large {num_shards}"
+    handle = delve_ray.start_store(savefile, run=run, world_size=1, save_to="parquet", num_shards=num_shards)
+    store = RemoteStore(handle)
+    source = Source(run, "", 0, "s", "host", 1)
+    with pytest.raises(RegistrationError, match=r"would take at least .* GiB for moments, and the node has .* GiB"):
+        store.register(source, store.settings(), layers)
+    assert not Path(savefile, "run.json").exists(), "a run that was refused has begun nothing"
+    assert store.register(source, store.settings(), layers[:3]).attempt == 0
+    for part in [] if num_shards == 1 else [delve_ray.store.remote.find(run, shard=shard) for shard in range(2)]:
+        ray.kill(part, no_restart=True)
+    ray.kill(handle, no_restart=True)
+
+
 def test_an_exception_in_a_driver_loses_nothing(savefile: str) -> None:
     script = SCRIPT.format(savefile=savefile, end="raise RuntimeError('in the loop')") + "train()\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
