@@ -110,7 +110,7 @@ def store_bytes(
     scratch = sorted(
         head_bytes(columns) if (columns := rule.columns(width)) else BYTES_PER_ENTRY * width**2 for width in widths
     )
-    side_by_side = max(1, min(cores - 1, DECOMPOSING_BYTES // max(1, *scratch[-1:])))
+    side_by_side = max(1, min(cores - 1, DECOMPOSING_BYTES // max([1, *scratch[-1:]])))
     return StoreBytes(
         windows=windows * window,
         latest=latest,

@@ -44,6 +44,12 @@ def test_what_fits_barely_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "shards [0] on node a may take up to" in caplog.text
 
 
+def test_a_shard_without_layers_takes_nothing_for_them() -> None:
+    empty = shares(replace(CONFIG, num_shards=3), LAYERS[:1], phases=2)[-1]
+    assert (empty.windows, empty.latest, empty.aside, empty.decomposing) == (0, 0, 0, 0)
+    check_room(replace(CONFIG, num_shards=3), LAYERS[:1], ["a"] * 3, {"a": 1e12})
+
+
 def test_nodes_that_nobody_knows_are_not_judged() -> None:
     check_room(CONFIG, LAYERS, [None, "gone"], {"a": 0.0})
 
