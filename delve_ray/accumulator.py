@@ -27,6 +27,7 @@ from delve_ray.moments import F64, Moments, pack_block, triangle_size
 from delve_ray.workspace import Workspace, block_plan, zeros
 
 if TYPE_CHECKING:
+    from delve_ray.cuda.lane import Lane
     from delve_ray.device_reservoir import DeviceReservoir
     from delve_ray.groups import Group
 
@@ -185,6 +186,14 @@ class Accumulator:
     def _read(self) -> tuple[F64, F64, int, int, float]:
         """On the host: sums, mean, rows, rows left out and the rows' weight."""
         return self._sums.numpy(), self._means[0].numpy(), int(self._rows), int(self._dropped), float(self._counts[0])
+
+    def _read_through(self, lane: Lane) -> tuple[F64, F64, int, int, float]:
+        """`_read` of sums that lie on a device, as `lane` downloads them."""
+        with lane.work():
+            counted = [self._counts[0], *(torch.as_tensor(count).double() for count in (self._rows, self._dropped))]
+            numbers = torch.stack(counted)
+        weight, n, dropped = lane.download(numbers)
+        return lane.download(self._sums), lane.download(self._means[0]), int(n), int(dropped), float(weight)
 
     def moments(self) -> Moments:
         """The moments so far, as float64 on the host; uses the accumulator up like `drain_into`."""

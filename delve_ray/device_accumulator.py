@@ -203,10 +203,7 @@ class DeviceAccumulator(Accumulator):
             self._fold()
 
     def _read(self) -> tuple[F64, F64, int, int, float]:
-        with self._lane.work():
-            numbers = torch.stack([self._counts[0], self._rows.double(), self._dropped.double()])
-        weight, n, dropped = self._lane.download(numbers)
-        return self._lane.download(self._sums), self._lane.download(self._means[0]), int(n), int(dropped), float(weight)
+        return self._read_through(self._lane)
 
     @property
     def held_bytes(self) -> int:

@@ -33,7 +33,7 @@ from delve_ray.errors import Unrecordable
 from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.layers import RowOptions
 from delve_ray.masks import UNKNOWN, MaskFunction, Masks
-from delve_ray.memory import known_widths, too_wide, worker_bytes
+from delve_ray.memory import outbox_bytes, too_wide, worker_bytes
 from delve_ray.rows import Reader, Sampler, first_rows, last_steps
 from delve_ray.schema import PHASES
 from delve_ray.selection import TrackedLayer
@@ -289,6 +289,22 @@ class Recorder:
         """Features of a layer; None as long as no forward has told."""
         return self.layers[index].features or self._widths.get(index)
 
+    @property
+    def widths(self) -> list[int]:
+        """Features of the layers that are recorded, as far as they are known."""
+        return [width for index in range(len(self.layers)) if (width := self.width(index))]
+
+    @property
+    def outbox_bytes(self) -> int:
+        """Bytes of packed deltas that `worker_bytes` counts."""
+        return outbox_bytes(self.widths, self.options.embed_rows, self.options.sketching)
+
+    @property
+    def spare_bytes(self) -> int:
+        """Bytes that `max_memory` leaves above the ones that `worker_bytes` counts."""
+        needed = worker_bytes(self.widths, self.options.embed_rows, self.options.sketching)
+        return max(0, self.options.max_memory - needed)
+
     def _accumulator(self, key: tuple[int, int], rows: Tensor) -> Accumulator:
         accumulator = self._accumulators.get(key)
         width = self.width(key[0])
@@ -325,8 +341,7 @@ class Recorder:
             if not rule.size:
                 raise Unrecordable(f"it {too_wide(width, rule)}")
             log.info("layer %s %s", self.layers[index].name, too_wide(width, rule))
-        widths = [*known_widths(self.layers), *self._widths.values(), width]
-        needed = worker_bytes(widths, self.options.embed_rows, rule)
+        needed = worker_bytes([*self.widths, width], self.options.embed_rows, rule)
         if needed > self.options.max_memory:
             raise Unrecordable(
                 f"with its {width} features recording would take up to {needed} bytes in this worker, more than "

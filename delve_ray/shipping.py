@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable
 
 from delve_ray.errors import StoreError, UnknownSource
-from delve_ray.memory import outbox_bytes, worker_bytes
 from delve_ray.moments import F64
 from delve_ray.outbox import Outbox
 from delve_ray.packing import Packer, Pending
@@ -117,7 +116,7 @@ class Shipper:
             harvest = self.recorder.harvest(end_of_window=True)
             label = self._next_step if step is None else step
             item = Pending(self._open_window(), label, True, step is not None, harvest, self._take_scalars())
-            spare = self._limit() - max(0, self.outbox.memory_bytes - self._outbox_bytes())
+            spare = self.recorder.spare_bytes - max(0, self.outbox.memory_bytes - self.recorder.outbox_bytes)
             if self._queue and sum(other.nbytes for other in (*self._queue, item)) > spare:
                 item.harvest, item.complete = {}, False
                 log.error(
@@ -163,21 +162,6 @@ class Shipper:
     def _take_scalars(self) -> list[Scalar]:
         scalars, self._scalars = self._scalars, []
         return scalars
-
-    def _widths(self) -> list[int]:
-        """Features of the layers that are recorded, as far as they are known."""
-        widths = (self.recorder.width(index) for index in range(len(self.recorder.layers)))
-        return [width for width in widths if width]
-
-    def _outbox_bytes(self) -> int:
-        """Bytes of packed deltas that `worker_bytes` counts."""
-        options = self.recorder.options
-        return outbox_bytes(self._widths(), options.embed_rows, options.sketching)
-
-    def _limit(self) -> int:
-        """Bytes that may wait, packed or not, above the ones that `worker_bytes` counts."""
-        options = self.recorder.options
-        return max(0, options.max_memory - worker_bytes(self._widths(), options.embed_rows, options.sketching))
 
     def flush(self, timeout: float, *, tell_every: float = float("inf")) -> bool:
         """Wait until all that is queued is in the store; False when that takes longer.
@@ -255,10 +239,10 @@ class Shipper:
         self._packing = True
         try:
             delta, buffer = self._pack(item, self.source, self.attempt, self.sent)
-            memory = self._outbox_bytes()
+            memory = self.recorder.outbox_bytes
             with self._state:
                 waiting = sum(other.nbytes for other in self._queue)
-            limit = memory + max(0, self._limit() - waiting)
+            limit = memory + max(0, self.recorder.spare_bytes - waiting)
             self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
             self.sent += 1
             self._first = item.closes

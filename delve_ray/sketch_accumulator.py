@@ -208,10 +208,7 @@ class SketchAccumulator(Accumulator):
         np.maximum(diagonal, 0.0, out=diagonal)  # see `Accumulator._pack`
 
     def _read(self) -> tuple[F64, F64, int, int, float]:
-        with self._lane.work():
-            numbers = torch.stack([self._counts[0], self._rows.double(), self._dropped.double()])
-        weight, n, dropped = self._lane.download(numbers)
-        return self._lane.download(self._sums), self._lane.download(self._means[0]), int(n), int(dropped), float(weight)
+        return self._read_through(self._lane)
 
     @property
     def held_bytes(self) -> int:

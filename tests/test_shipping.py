@@ -125,9 +125,8 @@ def test_an_incomplete_share_does_not_count_as_a_complete_one(savefile: str, mon
     ]
     waiting, pack = threading.Event(), Packer.__call__
     monkeypatch.setattr(Packer, "__call__", lambda self, *args: (waiting.wait(30), pack(self, *args))[1])
-    monkeypatch.setattr(
-        "delve_ray.shipping.Shipper._limit", lambda self: 0 if self is trackers[1]._shipper else 1 << 30
-    )
+    spare = property(lambda self: 0 if self is trackers[1]._recorder else 1 << 30)
+    monkeypatch.setattr("delve_ray.recorder.Recorder.spare_bytes", spare)
     for step in range(3):
         for model, tracker in zip(models, trackers, strict=True):
             model(torch.randn(10, 4))
@@ -188,10 +187,10 @@ def test_layers_whose_width_nobody_knows_yet_take_no_memory(savefile: str) -> No
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3))
     with SaturationTracker(savefile, "parquet", model, conv_method="flatten", publish_every=0) as tracker:
         tracker.add_saturations(0)
-        assert tracker._shipper._widths() == [3]
+        assert tracker._recorder.widths == [3]
         model(torch.randn(40, 1, 6, 6))
         tracker.add_saturations(1)
-        assert sorted(tracker._shipper._widths()) == [3, 32]
+        assert sorted(tracker._recorder.widths) == [3, 32]
         tracker.metrics(wait=True)
     assert [(row["layer"], row["features"]) for row in read_spectra(savefile).to_pylist()] == [("0", 32), ("2", 3)]
 

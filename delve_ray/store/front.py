@@ -18,10 +18,8 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.earlier import Earlier, final_windows, read_parts
 from delve_ray.store.parts import PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.run_file import RunFile
 from delve_ray.store.state import State
 from delve_ray.store.window import Job, Window
-from delve_ray.writers.base import Writer
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +41,8 @@ class FrontStore(CovarianceStore):
         self._ended = False
         super().__init__(*args, **options)
 
-    def _open(
-        self,
-        config: StoreConfig,
-        layers: Sequence[LayerInfo],
-        state: State | None = None,
-        prepared: tuple[RunFile | None, Sequence[Writer]] | None = None,
-    ) -> None:
-        super()._open(config, layers, state, prepared)
+    def _open(self, config: StoreConfig, layers: Sequence[LayerInfo], *args: Any, **options: Any) -> None:
+        super()._open(config, layers, *args, **options)
         if (idle := config.num_shards - len(layers)) > 0:
             log.warning(
                 "run %s: num_shards=%d for %d layers: %d shards have nothing to do",

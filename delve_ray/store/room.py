@@ -37,10 +37,11 @@ def check_room(
     node. What is refused would not fit with one phase, one open window and nothing going on; the warning counts both
     phases and all that goes on at a time. Raises RegistrationError.
     """
+    training, everything = (shares(config, layers, phases) for phases in (1, 2))
     for node in sorted({node for node in nodes if node in memory and node is not None}):
         shards = [shard for shard, where in enumerate(nodes) if where == node]
-        least = sum(shares(config, layers, phases=1)[shard].resting for shard in shards)
-        most = sum(shares(config, layers, phases=2)[shard].peak for shard in shards)
+        least = sum(training[shard].resting for shard in shards)
+        most = sum(everything[shard].peak for shard in shards)
         who = f"shards {shards}" if config.num_shards > 1 else "the store"
         where = f"run {config.run!r}: {who} on node {node[:12]}"
         remedy = (
