@@ -13,9 +13,19 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray come last: a tracker that finds Ray running puts its store there."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is not None)
+    """Tests that start Ray come last, and with `-n 2` into a process of their own.
+
+    For a tracker that finds Ray running puts its store there.
+    """
+
+    def starts_ray(item: pytest.Item) -> bool:
+        return item.get_closest_marker("ray") is not None
+
+    items.sort(key=starts_ray)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else "plain"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from delve_ray.store.protocol import moments_size
 from tests.benchmarks import scale, scale_memory
 from tests.benchmarks.report import Section
 from tests.benchmarks.scale_local import bare_add, config_of, measure_local
-from tests.benchmarks.scale_ray import measure_ray, scale_ray
+from tests.benchmarks.scale_ray import measure_ray
 from tests.benchmarks.scale_shapes import MAX_FEATURES, SHAPES, Acks, Deltas, delta_bytes, source_of
 
 WIDTHS = [3, 9, 5]
@@ -64,9 +64,8 @@ def test_a_run_in_process_adds_up(sources: int, shards: int) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_run_through_ray_adds_up() -> None:
-    with scale_ray():
-        run = scale.check(measure_ray(WIDTHS, 6, 2, windows=2))
+def test_a_run_through_ray_adds_up(ray_session: None) -> None:
+    run = scale.check(measure_ray(WIDTHS, 6, 2, windows=2))
     assert run.received == 2 * 6 * delta_bytes(WIDTHS)
     assert run.acks.acked.shape == (6, 2)
     assert (run.acks.acked > run.acks.offered).all()
