@@ -24,7 +24,7 @@ from delve_ray.errors import DelveRayError, OptionError, StoreError
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
-from delve_ray.store.assignment import assign
+from delve_ray.store.assignment import shards_of
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.monitoring import Monitor
@@ -206,11 +206,10 @@ class StoreActor:
     def _holder(self, layer: str, phase: str, question: str) -> F64:
         """The answer of the store that has a layer: this one, or a shard."""
         store = self._store
-        names = [info.name for info in store.layers]
-        if not isinstance(store, FrontStore) or layer not in names:
+        shard = shards_of(store.layers, store.config).get(layer) if isinstance(store, FrontStore) else None
+        if shard is None:
             answer: F64 = getattr(store, question)(layer, phase)
             return answer
-        shard = assign(store.layers, store.config.num_shards)[names.index(layer)]
         remote = RemoteStore(find(self._run, shard=shard))
         found: F64 = remote.matrix(question, layer, phase)
         return found

@@ -80,11 +80,11 @@ class FrontStore(CovarianceStore):
         key = part.attempt, part.window
         with self._lock:
             earlier = None if key in self._parts else self._earlier.get(key)
-            layers, num_shards = self.layers, self.config.num_shards
+            layers, config = self.layers, self.config
         if earlier is None:
             return {}
         try:
-            return read_parts(Storage(self.config.savefile), earlier, layers, num_shards)
+            return read_parts(Storage(config.savefile), earlier, layers, config)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
 
@@ -243,7 +243,7 @@ class FrontStore(CovarianceStore):
                     attempt.published, latest = earlier.window + 1, earlier
         super()._adopt(state)
         if latest is not None:
-            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config.num_shards)
+            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config)
             self.running().announce([row for part in parts.values() for row in part.rows])
 
     @staticmethod
