@@ -141,7 +141,7 @@ def _running(state: Mapping[str, Any]) -> list[str]:
         f"run {printable(str(state.get('run')))}: {word}",
         f"savefile {printable(str(state.get('savefile')))}",
         f"attempt {state.get('attempt')}; {joined}",
-        f"windows: {state.get('published', 0)} published, {len(windows)} open; {mib(state.get('bytes', 0))} in memory",
+        f"windows: {state.get('published', 0)} published, {len(windows)} open; {mib(total(state, 'bytes'))} in memory",
     ]
     if ranks:
         lines += ["", f"{'rank':>4} {'window':>7} {'deltas':>7} {'silent':>8}  process"]
@@ -156,8 +156,20 @@ def _running(state: Mapping[str, Any]) -> list[str]:
         error = "" if writer.get("last_error") is None else f"; last error: {printable(str(writer['last_error']))}"
         counts = ", ".join(f"{writer.get(key, 0)} {key}" for key in ("written", "queued", "failed", "dropped"))
         lines.append(f"writer {printable(str(writer.get('name')))}: {counts}{error}")
-    lines += [f"problem: {printable(str(problem))}" for problem in state.get("problems", [])]
+    lines += [f"problem: {printable(problem)}" for problem in problems(state)]
     return lines
+
+
+def total(state: Mapping[str, Any], name: str) -> int:
+    """A number of a store and its shards together, such as their bytes."""
+    return sum(int(part.get(name, 0)) for part in (state, *state.get("shards", [])))
+
+
+def problems(state: Mapping[str, Any]) -> list[str]:
+    """Those of a store and its shards, each once."""
+    shards = enumerate(state.get("shards", []))
+    of_shards = [f"shard {number}: {problem}" for number, shard in shards for problem in shard.get("problems", [])]
+    return list(dict.fromkeys([*map(str, state.get("problems", [])), *of_shards]))
 
 
 def mib(size: float) -> str:

@@ -98,6 +98,16 @@ def test_a_running_store_says_how_it_is(cluster, run, capsys):
     ]
 
 
+def test_a_store_with_shards_says_what_they_have(cluster, run, capsys, monkeypatch):
+    shards = [{"run": "first", "bytes": 5 << 20, "problems": []}, {"problems": ["shard 1 does not answer: lost"]}]
+    state = STATE | {"bytes": 0, "shards": shards, "problems": ["shard 1: shard 1 does not answer: lost", "disk"]}
+    monkeypatch.setattr("delve_ray.store.launch.get_store", lambda name: FakeStore(state))
+    assert main(["status", run(RUNNING), "--address", "head:6379"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "windows: 7 published, 2 open; 5.0 MiB in memory"
+    assert lines[-2:] == ["problem: shard 1: shard 1 does not answer: lost", "problem: disk"]
+
+
 def test_json_and_the_address_from_the_environment(cluster, run, capsys, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "env:6379")
     assert main(["status", run(RUNNING), "--json"]) == 0

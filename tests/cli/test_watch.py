@@ -104,6 +104,8 @@ def test_shards_and_snapshots(behind: dict[str, Any]) -> None:
     silent = {"problems": ["shard 1 does not answer: it\nis away"]}
     snapshots = {"written": 5, "failed": 1, "seconds": 0.25, "pending": True, "last_error": "disk full"}
     state = behind | {"shards": [behind | {"bytes": 2 << 20, "problems": []}, silent], "snapshots": snapshots}
+    lines = shown(state | {"bytes": 1 << 20, "bytes_in": 0, "shards": [{"bytes_in": 3 << 20}, {"bytes_in": 4 << 20}]})
+    assert lines[4].startswith("memory: 1.0 MiB of moments; 5 deltas merged, 7.0 MiB; ")
     lines = shown(state)
     at = lines.index("shard published open deltas memory problems")
     assert lines[at + 1] == "0 1 2 5 2.0 MiB -"
