@@ -131,17 +131,17 @@ class StoreActor:
             raise StoreError(f"the store of run {self._run!r} has no shards")
         return store
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
+    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.accept`."""
-        self._front_store.accept(shard, part)
+        self._front_store.accept(shard, part, problems)
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""
         return self._front_store.part_state(shard, attempt, window, revision)
 
-    def shard_done(self, shard: int) -> None:
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.shard_done`."""
-        self._front_store.shard_done(shard)
+        self._front_store.shard_done(shard, problems)
 
     def settings(self) -> StoreConfig:
         """See `protocol.Store.settings`."""
@@ -225,7 +225,7 @@ class StoreActor:
         try:
             return RemoteStore(find(self._run, shard=shard)).status(SOON_S)
         except DelveRayError as error:
-            return {"problems": [f"shard {shard} does not answer: {error}"]}
+            return {"problems": [f"does not answer: {error}"]}
 
     def flush(self, timeout: float) -> bool:
         """See `CovarianceStore.flush`."""

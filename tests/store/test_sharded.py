@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
@@ -29,6 +30,7 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import Held, LayerInfo, StoreConfig, moments_size
+from delve_ray.store.publishing import layer_row
 from delve_ray.store.saving import Saver
 from delve_ray.store.sharded import ShardedStore
 from tests.chaos.processes import times
@@ -413,6 +415,30 @@ def test_a_shard_that_never_comes_back_is_named_and_the_rest_published(
     sharded.shards[0].leave(worker.source, completed=True, sent=worker.seq)
     sharded.front.leave(worker.source, completed=True, sent=worker.seq)
     assert sharded.front.wait_finished(30)
+
+
+def test_what_a_shard_cannot_publish_is_said_by_the_run(tmp_path: Path) -> None:
+    """As with one store: in its progress while it goes on, which workers log, and in run.json."""
+    sharded = Sharded(str(tmp_path), 2, world_size=1)
+    worker = Worker(sharded.store, 0, sharded.config)  # type: ignore[arg-type]
+    rows = some_rows(np.random.default_rng(0), 1.0)
+
+    def fail(layer: LayerInfo, *args: Any, **options: Any) -> Any:
+        if layer.name == "layer3":
+            raise ArithmeticError("no convergence")
+        return layer_row(layer, *args, **options)
+
+    shard = assign(LAYERS, 2)[3]
+    sharded.store.take(*with_widths(worker, rows, 0, False))
+    sharded.shards[shard].running()._compute = fail
+    worker.send({}, 0, True)
+    said = [f"shard {shard}: layer layer3, step 0: ArithmeticError: no convergence"]
+    until(lambda: sharded.store.progress().published == 1)
+    assert sharded.store.progress().problems == tuple(said), "of both phases, once"
+    worker.leave()
+    assert sharded.store.wait_finished(60)
+    assert json.loads((tmp_path / "run.json").read_text())["end"]["problems"] == said
+    assert {row["layer"] for row in read_spectra(tmp_path).to_pylist()} == {f"layer{n}" for n in (0, 1, 2, 4, 5)}
 
 
 def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:
