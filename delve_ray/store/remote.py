@@ -162,10 +162,12 @@ class RemoteStore:
         progress: Progress = self._call("progress", call_timeout=timeout)
         return progress
 
-    def abandon(self) -> None:
-        """End the actor if nobody has ever joined its run."""
-        if self._call("abandon"):
-            self.kill()
+    def abandon(self) -> bool:
+        """End the actor if nobody has ever joined its run; whether it has ended."""
+        if not self._call("abandon"):
+            return False
+        self.kill()
+        return True
 
     def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
         """See `protocol.Store.leave`."""

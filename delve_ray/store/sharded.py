@@ -170,10 +170,12 @@ class ShardedStore:
         self._each(lambda _, shard: shard.end(source))
         self.front.end(source)
 
-    def abandon(self) -> object:
-        """End the stores if nobody has ever joined the run."""
-        self._each(lambda _, shard: shard.abandon())
-        return self.front.abandon()
+    def abandon(self) -> bool:
+        """End the stores if nobody has ever joined the run, which the front knows first."""
+        abandoned = self.front.abandon()
+        if abandoned:
+            self._each(lambda _, shard: shard.abandon())
+        return abandoned
 
     def status(self) -> dict[str, Any]:
         """That of the front, and under `shards` theirs."""

@@ -35,7 +35,7 @@ from delve_ray.store.saving import Saver
 from delve_ray.store.sharded import ShardedStore
 from tests.chaos.processes import times
 from tests.helpers import covariance_error, two_pass_covariance
-from tests.stores import Keeper, Worker, config, until
+from tests.stores import Keeper, Worker, config, source, until
 
 WIDTHS = (9, 3, 12, 5, None, 7)
 LAYERS = [LayerInfo(f"layer{index}", "Linear", width) for index, width in enumerate(WIDTHS)]
@@ -439,6 +439,21 @@ def test_what_a_shard_cannot_publish_is_said_by_the_run(tmp_path: Path) -> None:
     assert sharded.store.wait_finished(60)
     assert json.loads((tmp_path / "run.json").read_text())["end"]["problems"] == said
     assert {row["layer"] for row in read_spectra(tmp_path).to_pylist()} == {f"layer{n}" for n in (0, 1, 2, 4, 5)}
+
+
+def test_who_is_turned_away_ends_no_shard_of_one_who_joins(tmp_path: Path) -> None:
+    """Two trackers of one name started the stores at once; the other is in the front, and not in the shards yet."""
+    sharded = Sharded(str(tmp_path / "run"), 2, world_size=1)
+    first = source(0)
+    welcome = sharded.front.register(first, sharded.config, LAYERS)
+    assert not sharded.store.abandon()
+    for index, shard in enumerate(sharded.shards):
+        assert shard.register(first, shard_config(sharded.config, index), LAYERS) == welcome
+    assert sharded.store.leave(first, completed=True, sent=0).finished
+    assert sharded.store.wait_finished(60)
+    unused = Sharded(str(tmp_path / "unused"), 2, world_size=1)
+    assert unused.store.abandon()
+    assert all(store.finished for store in (unused.front, *unused.shards))
 
 
 def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:
