@@ -61,6 +61,11 @@ class ShardedStore:
             raise errors[0]
         return [future.result() for future in running]
 
+    @property
+    def handle(self) -> Any:
+        """What answers drivers and tools: the front's actor, or the front itself where it is in this process."""
+        return getattr(self.front, "handle", self.front)
+
     def settings(self) -> StoreConfig:
         """How the run is published."""
         return self.front.settings()
