@@ -10,7 +10,7 @@ from typing import Any
 from delve_ray.analysis.table import printable, shorten
 from delve_ray.cli.output import described, fail, show, show_json, text_width
 from delve_ray.errors import DelveRayError, OptionError, ReadError, StoreError
-from delve_ray.storage import Storage
+from delve_ray.storage import Storage, masked
 
 ANSWER_S = 30.0
 """How long a store may take to answer."""
@@ -46,7 +46,7 @@ class NoStore(StoreError):
 def nothing_there(run: str, trouble: str | None) -> ReadError:
     """Neither run.json nor a store says anything."""
     why = trouble or "give --address or set RAY_ADDRESS to ask for the store of a run by its name"
-    return ReadError(f"{run}: no run.json there; {why}")
+    return ReadError(masked(f"{run}: no run.json there; {why}"))
 
 
 def run_json(run: str) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ def ask(name: str, answer: Callable[[Any], Any]) -> dict[str, Any]:
     try:
         handle = delve_ray.get_store(name)
     except StoreError as error:
-        raise NoStore(str(error)) from error
+        raise NoStore(masked(str(error))) from error
     state: dict[str, Any] = answer(handle.status.remote())
     return state
 
@@ -102,6 +102,7 @@ def cluster(address: str) -> Iterator[Callable[[Any], Any]]:
 
 def summary(name: str, content: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[str, Any]:
     """One object of --json."""
+    name = masked(name)
     options = content.get("options") or {}
     return {
         "run": name,

@@ -125,6 +125,16 @@ def test_a_store_by_the_name_of_its_run(cluster, capsys):
     assert said.err == "delve-ray: second: no run.json there; run 'second' has no store in this Ray cluster\n"
 
 
+def test_a_secret_in_a_uri_is_not_shown(cluster, capsys, monkeypatch):
+    there = "s3://key:secret@bucket/r"
+    monkeypatch.setattr(status, "run_json", lambda run: {})
+    for more in ((), ("--json",), ("--address", "head:6379"), ("--address", "nowhere:1")):
+        assert main(["status", there, *more]) == 2
+        said = "".join(capsys.readouterr())
+        assert "s3://key:***@bucket/r" in said
+        assert "secret" not in said
+
+
 def test_a_run_that_has_ended(cluster, run, capsys):
     assert main(["status", run(ENDED)]) == 0
     assert cluster == []
