@@ -24,7 +24,7 @@ from delve_ray.errors import DelveRayError, OptionError, StoreError
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
-from delve_ray.store.assignment import assign
+from delve_ray.store.assignment import shards_of
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.monitoring import Monitor
@@ -131,17 +131,17 @@ class StoreActor:
             raise StoreError(f"the store of run {self._run!r} has no shards")
         return store
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
+    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.accept`."""
-        self._front_store.accept(shard, part)
+        self._front_store.accept(shard, part, problems)
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""
         return self._front_store.part_state(shard, attempt, window, revision)
 
-    def shard_done(self, shard: int) -> None:
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.shard_done`."""
-        self._front_store.shard_done(shard)
+        self._front_store.shard_done(shard, problems)
 
     def settings(self) -> StoreConfig:
         """See `protocol.Store.settings`."""
@@ -206,11 +206,10 @@ class StoreActor:
     def _holder(self, layer: str, phase: str, question: str) -> F64:
         """The answer of the store that has a layer: this one, or a shard."""
         store = self._store
-        names = [info.name for info in store.layers]
-        if not isinstance(store, FrontStore) or layer not in names:
+        shard = shards_of(store.layers, store.config).get(layer) if isinstance(store, FrontStore) else None
+        if shard is None:
             answer: F64 = getattr(store, question)(layer, phase)
             return answer
-        shard = assign(store.layers, store.config.num_shards)[names.index(layer)]
         remote = RemoteStore(find(self._run, shard=shard))
         found: F64 = remote.matrix(question, layer, phase)
         return found
@@ -226,7 +225,7 @@ class StoreActor:
         try:
             return RemoteStore(find(self._run, shard=shard)).status(SOON_S)
         except DelveRayError as error:
-            return {"problems": [f"shard {shard} does not answer: {error}"]}
+            return {"problems": [f"does not answer: {error}"]}
 
     def flush(self, timeout: float) -> bool:
         """See `CovarianceStore.flush`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from delve_ray.sketch import WHOLE, SketchRule
-from delve_ray.store.protocol import LayerInfo
+from delve_ray.store.protocol import LayerInfo, StoreConfig
 
 
 def assign(layers: Sequence[LayerInfo], num_shards: int, rule: SketchRule = WHOLE) -> list[int]:
@@ -27,3 +27,15 @@ def assign(layers: Sequence[LayerInfo], num_shards: int, rule: SketchRule = WHOL
         load[shard] = held + cost[index], count + 1, shard
         shards[index] = shard
     return shards
+
+
+def shards_of(layers: Sequence[LayerInfo], config: StoreConfig) -> dict[str, int]:
+    """The shard of each layer of a run, by name.
+
+    >>> config = StoreConfig("r", "/nowhere", world_size=1, num_shards=2, max_features=100, sketch_size=8)
+    >>> layers = [LayerInfo(name, "Linear", width) for name, width in (("head", 500), ("a", 100), ("b", 90))]
+    >>> shards_of(layers, config)
+    {'head': 1, 'a': 0, 'b': 1}
+    """
+    assigned = assign(layers, config.num_shards, config.sketching)
+    return {info.name: shard for info, shard in zip(layers, assigned, strict=True)}

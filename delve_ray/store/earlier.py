@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from delve_ray.schema import EXTRA_STATS, F64, SCALAR_STATS, SHARDS_KEY, LayerRow, PublishedWindow
 from delve_ray.storage import Storage
-from delve_ray.store.assignment import assign
-from delve_ray.store.protocol import LayerInfo
+from delve_ray.store.assignment import shards_of
+from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.writers.parquet import revisions, window_file
 
 _AS_THEY_ARE = (
@@ -73,7 +73,7 @@ def final_windows(storage: Storage, keys: Iterable[tuple[int, int]]) -> Iterator
 
 
 def read_parts(
-    storage: Storage, earlier: Earlier, layers: Sequence[LayerInfo], num_shards: int
+    storage: Storage, earlier: Earlier, layers: Sequence[LayerInfo], config: StoreConfig
 ) -> dict[int, PublishedWindow]:
     """The parts that a written window was made of, by shard, with a revision below all that shards give.
 
@@ -84,7 +84,7 @@ def read_parts(
     rows = _read(storage, window_file("spectra", *where))
     matrices = _by_layer(_read_beside(storage, window_file("covariances", *where)))
     points = _by_layer(_read_beside(storage, window_file("embeddings", *where)))
-    assigned = {info.name: shard for info, shard in zip(layers, assign(layers, num_shards), strict=True)}
+    assigned = shards_of(layers, config)
     parts = {}
     for shard, (workers, complete) in earlier.shards.items():
         own = [row for row in rows if assigned[row["layer"]] == shard]

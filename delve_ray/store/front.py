@@ -37,6 +37,7 @@ class FrontStore(CovarianceStore):
         self._parts: dict[tuple[int, int], Parts] = {}  # by attempt and ordinal
         self._earlier: dict[tuple[int, int], Earlier] = {}  # what a front before this one has written
         self._done: set[int] = set()  # shards that have published everything
+        self._told: set[tuple[int, str]] = set()  # what shards could not publish
         self._ending_since = 0.0
         self._ended = False
         super().__init__(*args, **options)
@@ -51,13 +52,14 @@ class FrontStore(CovarianceStore):
 
     # --- called by the shards ----------------------------------------------------------------------------------
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
-        """Take a shard's part of a window.
+    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
+        """Take a shard's part of a window, and what it could not publish.
 
         Raises StoreError for one of an attempt that is not known yet, or where the files cannot be read.
         """
         written = self._written_before(part)
         with self._lock:
+            self._tell(shard, problems)
             attempt = self._attempt(part.attempt)
             if attempt is None:
                 return
@@ -80,11 +82,11 @@ class FrontStore(CovarianceStore):
         key = part.attempt, part.window
         with self._lock:
             earlier = None if key in self._parts else self._earlier.get(key)
-            layers, num_shards = self.layers, self.config.num_shards
+            layers, config = self.layers, self.config
         if earlier is None:
             return {}
         try:
-            return read_parts(Storage(self.config.savefile), earlier, layers, num_shards)
+            return read_parts(Storage(config.savefile), earlier, layers, config)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
 
@@ -110,11 +112,19 @@ class FrontStore(CovarianceStore):
             newest = parts.newest.get(shard)
             return UNKNOWN if newest is None or newest.revision < revision else PENDING
 
-    def shard_done(self, shard: int) -> None:
-        """A shard has published everything, or is gone after the run has ended."""
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
+        """A shard has published everything that it could, or is gone after the run has ended."""
         with self._lock:
+            self._tell(shard, problems)
             self._done.add(shard)
             self._end_if_done()
+
+    def _tell(self, shard: int, problems: Sequence[str]) -> None:
+        """Make what a shard could not publish the run's problem, once."""
+        for problem in problems:
+            if self.publisher is not None and (shard, problem) not in self._told:
+                self._told.add((shard, problem))
+                self.publisher.problem(f"shard {shard}: {problem}")
 
     @property
     def undone(self) -> list[int]:
@@ -243,7 +253,7 @@ class FrontStore(CovarianceStore):
                     attempt.published, latest = earlier.window + 1, earlier
         super()._adopt(state)
         if latest is not None:
-            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config.num_shards)
+            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config)
             self.running().announce([row for part in parts.values() for row in part.rows])
 
     @staticmethod

@@ -8,9 +8,9 @@ keeps a part, and offers it again, until the front has written it, so that the f
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from delve_ray.errors import DelveRayError
 from delve_ray.schema import PublishedWindow
@@ -37,14 +37,14 @@ UNKNOWN, PENDING, WRITTEN = "unknown", "pending", "written"
 class Front(Protocol):
     """The front as a shard sees it. Every method may raise StoreError."""
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
-        """Take a part."""
+    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
+        """Take a part, and what its shard could not publish so far, in words."""
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """Whether a part, or a newer one, is `UNKNOWN`, `PENDING` or `WRITTEN`."""
 
-    def shard_done(self, shard: int) -> None:
-        """A shard has published everything."""
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
+        """A shard has published everything, but for what these say."""
 
 
 class PartWriter:
@@ -58,6 +58,8 @@ class PartWriter:
     def __init__(self, shard: int, front: Callable[[], Front]) -> None:
         self._shard = shard
         self._front = front
+        self.problems: Callable[[], Sequence[str]] = tuple
+        """What the shard could not publish, in words."""
 
     def open(self, run: WriterRun) -> None:
         """Nothing to prepare."""
@@ -66,14 +68,14 @@ class PartWriter:
         """Hand over a part; of a final one, wait until it is written."""
         try:
             front = self._front()
-            front.accept(self._shard, window)
+            front.accept(self._shard, window, self.problems())
             pause = PAUSE_S[0]
             while window.final:
                 state = front.part_state(self._shard, window.attempt, window.window, window.revision)
                 if state == WRITTEN:
                     return
                 if state == UNKNOWN:  # the front was started anew
-                    front.accept(self._shard, window)
+                    front.accept(self._shard, window, self.problems())
                 time.sleep(pause)
                 pause = min(2 * pause, PAUSE_S[1])
         except DelveRayError as error:
@@ -84,7 +86,7 @@ class PartWriter:
 
     def close(self) -> None:
         """Say that this was all."""
-        self._front().shard_done(self._shard)
+        self._front().shard_done(self._shard, self.problems())
 
 
 def shard_config(config: StoreConfig, shard: int) -> StoreConfig:
@@ -101,7 +103,19 @@ def shard_config(config: StoreConfig, shard: int) -> StoreConfig:
 
 
 class ShardStore(CovarianceStore):
-    """The store of a shard, whose windows are named by revisions that no process before this one has used."""
+    """The store of a shard, whose windows are named by revisions that no process before this one has used.
+
+    The front hears from its `PartWriter` what could not be published.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for writer in self._given_writers or ():
+            if isinstance(writer, PartWriter):
+                writer.problems = self._unpublished
+
+    def _unpublished(self) -> Sequence[str]:
+        return () if self.publisher is None else self.publisher.unpublished()
 
     def next_revision(self, attempt: int, ordinal: int) -> int:
         """The first revision of a window: what was published before a restart may have had more, or less."""

@@ -162,10 +162,12 @@ class RemoteStore:
         progress: Progress = self._call("progress", call_timeout=timeout)
         return progress
 
-    def abandon(self) -> None:
-        """End the actor if nobody has ever joined its run."""
-        if self._call("abandon"):
-            self.kill()
+    def abandon(self) -> bool:
+        """End the actor if nobody has ever joined its run; whether it has ended."""
+        if not self._call("abandon"):
+            return False
+        self.kill()
+        return True
 
     def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
         """See `protocol.Store.leave`."""
@@ -202,17 +204,17 @@ class RemoteStore:
         if ray.is_initialized():
             ray.kill(self.handle, no_restart=True)
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
+    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.accept`."""
-        self._call("accept", shard, part)
+        self._call("accept", shard, part, tuple(problems))
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""
         return str(self._call("part_state", shard, attempt, window, revision))
 
-    def shard_done(self, shard: int) -> None:
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.shard_done`."""
-        self._call("shard_done", shard)
+        self._call("shard_done", shard, tuple(problems))
 
     def matrix(self, question: str, layer: str, phase: str) -> F64:
         """What the store's `covariance` or `spectrum` answers."""

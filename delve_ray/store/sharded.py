@@ -61,6 +61,11 @@ class ShardedStore:
             raise errors[0]
         return [future.result() for future in running]
 
+    @property
+    def handle(self) -> Any:
+        """What answers drivers and tools: the front's actor, or the front itself where it is in this process."""
+        return getattr(self.front, "handle", self.front)
+
     def settings(self) -> StoreConfig:
         """How the run is published."""
         return self.front.settings()
@@ -170,10 +175,12 @@ class ShardedStore:
         self._each(lambda _, shard: shard.end(source))
         self.front.end(source)
 
-    def abandon(self) -> object:
-        """End the stores if nobody has ever joined the run."""
-        self._each(lambda _, shard: shard.abandon())
-        return self.front.abandon()
+    def abandon(self) -> bool:
+        """End the stores if nobody has ever joined the run, which the front knows first."""
+        abandoned = self.front.abandon()
+        if abandoned:
+            self._each(lambda _, shard: shard.abandon())
+        return abandoned
 
     def status(self) -> dict[str, Any]:
         """That of the front, and under `shards` theirs."""

@@ -135,6 +135,24 @@ def test_a_wide_layer_is_sketched_by_all_workers_and_shards(workers: Any, savefi
     assert row["trace"] == pytest.approx(exact.sum(), rel=1e-6)
 
 
+def test_every_layer_is_asked_of_the_shard_that_has_it(ray_session: None, savefile: str) -> None:
+    """As a sketch the widest layer is the cheapest, so that the shards are others than those of whole layers."""
+    import ray
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(4, 500), nn.Linear(500, 100), nn.Linear(100, 100))
+    options: dict[str, Any] = {"max_features": 200, "sketch_size": 8, "num_shards": 2, "run": "asked"}
+    with delve_ray.SaturationTracker(savefile, "parquet", model, **options) as tracker:
+        model(torch.randn(50, 4))
+        tracker.add_saturations()
+        tracker.metrics(wait=True)
+        found = {layer: ray.get(tracker.store.spectrum.remote(layer, "train")).tolist() for layer in "012"}
+    rows = delve_ray.read_spectra(savefile).to_pylist()
+    assert [row["sketched"] for row in rows] == [True, False, False]
+    assert found == {row["layer"]: row["eigenvalues"] for row in rows}
+
+
 def test_two_runs_of_one_name_with_different_layers(workers: Any, savefile: str) -> None:
     import ray
 

@@ -23,6 +23,7 @@ from delve_ray.store.window import Collected
 from delve_ray.writers.parquet import ParquetWriter
 
 LAYERS = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (6, 3, 9), strict=True)]
+CONFIG = StoreConfig("r", "unused", 2, num_shards=2)
 
 
 def window(stats: tuple[str, ...] = ("trace", "alpha", "rankme", "cov", "embed"), **changes: Any) -> PublishedWindow:
@@ -48,7 +49,7 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
     assert earlier == Earlier(
         attempt=1, window=4, revision=3, step=7, complete=True, shards={0: (2, True), 1: (2, True)}
     )
-    parts = read_parts(storage, earlier, LAYERS, 2)
+    parts = read_parts(storage, earlier, LAYERS, CONFIG)
     assigned = dict(zip("abc", assign(LAYERS, 2), strict=True))
     found = {(row.layer, row.phase): row for part in parts.values() for row in part.rows}
     assert set(parts) == {0, 1}
@@ -65,11 +66,23 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
     assert window_metrics(list(found.values())) == window_metrics(written.rows)
 
 
+def test_sketches_have_the_shards_that_their_own_cost_gives_them(tmp_path: Path) -> None:
+    """500·10 values of the first layer's sketch are fewer than 100·103/2; its covariance would be the largest."""
+    storage = Storage(tmp_path)
+    ParquetWriter(storage).write(window())
+    (earlier,) = final_windows(storage, [(1, 4)])
+    layers = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (500, 100, 100), strict=True)]
+    for config, first in ((CONFIG, {"a"}), (replace(CONFIG, max_features=200, sketch_size=8), {"a", "b"})):
+        parts = read_parts(storage, earlier, layers, config)
+        assert [{row.layer for row in parts[shard].rows} for shard in (0, 1)] == [first, set("abc") - first]
+
+
 def test_without_covariances_the_norm_of_the_mean_stays(tmp_path: Path) -> None:
     storage, written = Storage(tmp_path), window(stats=("trace",), shards={0: (2, True)})
     ParquetWriter(storage).write(written)
     (earlier,) = final_windows(storage, [(1, 4)])
-    rows = [row for part in read_parts(storage, earlier, LAYERS, 1).values() for row in part.rows]
+    parts = read_parts(storage, earlier, LAYERS, replace(CONFIG, num_shards=1))
+    rows = [row for part in parts.values() for row in part.rows]
     assert [row.mean_norm for row in rows] == [row.mean_norm for row in written.rows]
     assert {row.covariance is None and row.embedding is None for row in rows} == {True}
 
@@ -89,7 +102,7 @@ def test_each_shard_has_what_its_own_part_said(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     ParquetWriter(storage).write(window(workers=1, shards={1: (2, True), 0: (1, False)}))
     (earlier,) = final_windows(storage, [(1, 4)])
-    parts = read_parts(storage, earlier, LAYERS, 2)
+    parts = read_parts(storage, earlier, LAYERS, CONFIG)
     assert not earlier.complete
     assert {shard: (part.workers, part.complete) for shard, part in parts.items()} == {0: (1, False), 1: (2, True)}
     assert read_spectra(tmp_path).num_rows == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import time
@@ -29,11 +30,12 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import Held, LayerInfo, StoreConfig, moments_size
+from delve_ray.store.publishing import layer_row
 from delve_ray.store.saving import Saver
 from delve_ray.store.sharded import ShardedStore
 from tests.chaos.processes import times
 from tests.helpers import covariance_error, two_pass_covariance
-from tests.stores import Keeper, Worker, config, until
+from tests.stores import Keeper, Worker, config, source, until
 
 WIDTHS = (9, 3, 12, 5, None, 7)
 LAYERS = [LayerInfo(f"layer{index}", "Linear", width) for index, width in enumerate(WIDTHS)]
@@ -413,6 +415,45 @@ def test_a_shard_that_never_comes_back_is_named_and_the_rest_published(
     sharded.shards[0].leave(worker.source, completed=True, sent=worker.seq)
     sharded.front.leave(worker.source, completed=True, sent=worker.seq)
     assert sharded.front.wait_finished(30)
+
+
+def test_what_a_shard_cannot_publish_is_said_by_the_run(tmp_path: Path) -> None:
+    """As with one store: in its progress while it goes on, which workers log, and in run.json."""
+    sharded = Sharded(str(tmp_path), 2, world_size=1)
+    worker = Worker(sharded.store, 0, sharded.config)  # type: ignore[arg-type]
+    rows = some_rows(np.random.default_rng(0), 1.0)
+
+    def fail(layer: LayerInfo, *args: Any, **options: Any) -> Any:
+        if layer.name == "layer3":
+            raise ArithmeticError("no convergence")
+        return layer_row(layer, *args, **options)
+
+    shard = assign(LAYERS, 2)[3]
+    sharded.store.take(*with_widths(worker, rows, 0, False))
+    sharded.shards[shard].running()._compute = fail
+    worker.send({}, 0, True)
+    said = [f"shard {shard}: layer layer3, step 0: ArithmeticError: no convergence"]
+    until(lambda: sharded.store.progress().published == 1)
+    assert sharded.store.progress().problems == tuple(said), "of both phases, once"
+    worker.leave()
+    assert sharded.store.wait_finished(60)
+    assert json.loads((tmp_path / "run.json").read_text())["end"]["problems"] == said
+    assert {row["layer"] for row in read_spectra(tmp_path).to_pylist()} == {f"layer{n}" for n in (0, 1, 2, 4, 5)}
+
+
+def test_who_is_turned_away_ends_no_shard_of_one_who_joins(tmp_path: Path) -> None:
+    """Two trackers of one name started the stores at once; the other is in the front, and not in the shards yet."""
+    sharded = Sharded(str(tmp_path / "run"), 2, world_size=1)
+    first = source(0)
+    welcome = sharded.front.register(first, sharded.config, LAYERS)
+    assert not sharded.store.abandon()
+    for index, shard in enumerate(sharded.shards):
+        assert shard.register(first, shard_config(sharded.config, index), LAYERS) == welcome
+    assert sharded.store.leave(first, completed=True, sent=0).finished
+    assert sharded.store.wait_finished(60)
+    unused = Sharded(str(tmp_path / "unused"), 2, world_size=1)
+    assert unused.store.abandon()
+    assert all(store.finished for store in (unused.front, *unused.shards))
 
 
 def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:

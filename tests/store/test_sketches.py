@@ -335,7 +335,7 @@ def test_a_sketch_that_would_be_larger_than_the_covariance_is_none(
     savefile: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = nn.Linear(3, 20)
-    with caplog.at_level("INFO"), SaturationTracker(savefile, "parquet", model, max_features=10) as tracker:
+    with SaturationTracker(savefile, "parquet", model, max_features=10) as tracker:
         model(torch.randn(90, 3))
         tracker.add_saturations()
         assert tracker.store is not None
