@@ -210,7 +210,7 @@ class StoreActor:
         if not isinstance(store, FrontStore) or layer not in names:
             answer: F64 = getattr(store, question)(layer, phase)
             return answer
-        shard = assign(store.layers, store.config.num_shards)[names.index(layer)]
+        shard = assign(store.layers, store.config.num_shards, store.config.sketching)[names.index(layer)]
         remote = RemoteStore(find(self._run, shard=shard))
         found: F64 = remote.matrix(question, layer, phase)
         return found

@@ -80,13 +80,17 @@ class FrontStore(CovarianceStore):
         key = part.attempt, part.window
         with self._lock:
             earlier = None if key in self._parts else self._earlier.get(key)
-            layers, num_shards = self.layers, self.config.num_shards
+            layers = self.layers
         if earlier is None:
             return {}
         try:
-            return read_parts(Storage(self.config.savefile), earlier, layers, num_shards)
+            return self._read_parts(earlier, layers)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
+
+    def _read_parts(self, earlier: Earlier, layers: Sequence[LayerInfo]) -> dict[int, PublishedWindow]:
+        config = self.config
+        return read_parts(Storage(config.savefile), earlier, layers, config.num_shards, config.sketching)
 
     def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> None:
         """Note what a final part tells a front that was started anew: its shard's earlier windows are written."""
@@ -243,7 +247,7 @@ class FrontStore(CovarianceStore):
                     attempt.published, latest = earlier.window + 1, earlier
         super()._adopt(state)
         if latest is not None:
-            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config.num_shards)
+            parts = self._read_parts(latest, self.layers)
             self.running().announce([row for part in parts.values() for row in part.rows])
 
     @staticmethod

@@ -21,12 +21,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
 class Worker:
-    """An actor that makes a tracker and feeds a Linear with known rows."""
+    """An actor that makes a tracker and feeds a Linear, or several in a row, with known rows."""
 
-    def __init__(self, out_features: int = 6) -> None:
+    def __init__(self, *widths: int) -> None:
         from torch import nn
 
-        self.model = nn.Linear(4, out_features)
+        inputs = (4, *widths)
+        layers = [nn.Linear(*ends) for ends in zip(inputs, widths or (6,), strict=False)]
+        self.model = layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
     def track(self, *args: Any, **options: Any) -> tuple[str, ...]:
         self.tracker = delve_ray.SaturationTracker(*args, modules=self.model, **options)
@@ -36,7 +38,7 @@ class Worker:
         import torch
 
         x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
-        output = self.model(x) if count else torch.empty(0, self.model.out_features)
+        output = self.model(x) if count else torch.empty(0, 6)
         self.tracker.add_saturations(step)
         return output.detach().double().numpy()
 
@@ -133,6 +135,25 @@ def test_a_wide_layer_is_sketched_by_all_workers_and_shards(workers: Any, savefi
     # Two workers, two models of four inputs, and the distance of their biases: nine directions.
     np.testing.assert_allclose(head, exact[:9], rtol=1e-3)
     assert row["trace"] == pytest.approx(exact.sum(), rel=1e-6)
+
+
+def test_each_shard_is_asked_for_its_own_layers_where_some_are_sketched(workers: Any, savefile: str) -> None:
+    """Which shard has a layer depends on what is sketched."""
+    import ray
+
+    options: dict[str, Any] = {"max_features": 64, "sketch_size": 16}
+    store = delve_ray.start_store(savefile, run="mixed", world_size=1, save_to="parquet", num_shards=2, **options)
+    (worker,) = workers(1, 60, 90, 100)
+    ray.get(worker.track.remote(store=store))
+    ray.get(worker.step.remote(150, 7, 0))
+    ray.get(worker.metrics.remote())
+    spectra = {name: ray.get(store.spectrum.remote(name, "train")).tolist() for name in "012"}
+    covariance = ray.get(store.covariance.remote("0", "train"))
+    ray.get(worker.close.remote())
+    rows = {row["layer"]: row for row in delve_ray.read_spectra(savefile).to_pylist()}
+    assert [rows[name]["sketched"] for name in "012"] == [False, True, True]
+    assert {name: row["eigenvalues"] for name, row in rows.items()} == spectra
+    assert np.trace(covariance) == pytest.approx(rows["0"]["trace"], rel=1e-12)
 
 
 def test_two_runs_of_one_name_with_different_layers(workers: Any, savefile: str) -> None:

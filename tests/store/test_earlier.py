@@ -14,13 +14,15 @@ from delve_ray import read_spectra
 from delve_ray.moments import Moments
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import PublishedWindow, window_metrics
+from delve_ray.sketch import WHOLE, SketchRule
 from delve_ray.storage import Storage
 from delve_ray.store.assignment import assign
 from delve_ray.store.earlier import Earlier, final_windows, read_parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
-from delve_ray.store.publishing import layer_row
+from delve_ray.store.publishing import layer_row as published_row
 from delve_ray.store.window import Collected
 from delve_ray.writers.parquet import ParquetWriter
+from tests.windows import layer_row
 
 LAYERS = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (6, 3, 9), strict=True)]
 
@@ -35,7 +37,7 @@ def window(stats: tuple[str, ...] = ("trace", "alpha", "rankme", "cov", "embed")
             moments = Moments.from_rows(values)
             found = Collected(40, 2, moments.mean, moments.packed(), 40.0)
             sample = Reservoir(rng.random(5), values[:5], 1.0) if "embed" in stats else None
-            rows.append(layer_row(info, phase, found, config, sample))
+            rows.append(published_row(info, phase, found, config, sample))
     first = PublishedWindow("r", 1, 4, 7, 3, True, 2, 2, datetime.now(UTC), rows, complete=True)
     first = replace(first, shards=dict.fromkeys(range(2), (2, True)))
     return replace(first, **changes)
@@ -48,8 +50,8 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
     assert earlier == Earlier(
         attempt=1, window=4, revision=3, step=7, complete=True, shards={0: (2, True), 1: (2, True)}
     )
-    parts = read_parts(storage, earlier, LAYERS, 2)
-    assigned = dict(zip("abc", assign(LAYERS, 2), strict=True))
+    parts = read_parts(storage, earlier, LAYERS, 2, WHOLE)
+    assigned = dict(zip("abc", assign(LAYERS, 2, WHOLE), strict=True))
     found = {(row.layer, row.phase): row for part in parts.values() for row in part.rows}
     assert set(parts) == {0, 1}
     for shard, part in parts.items():
@@ -65,11 +67,26 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
     assert window_metrics(list(found.values())) == window_metrics(written.rows)
 
 
+def test_each_shard_has_its_own_layers_where_some_are_sketched(tmp_path: Path) -> None:
+    storage, rule = Storage(tmp_path), SketchRule(max_features=64, size=16)
+    layers = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (60, 90, 100), strict=True)]
+    rows = [layer_row(info.name, features=info.features or 0, sketched=info.name != "a") for info in layers]
+    ParquetWriter(storage).write(window(rows=rows))
+    (earlier,) = final_windows(storage, [(1, 4)])
+    parts = read_parts(storage, earlier, layers, 2, rule)
+    found = {shard: {row.layer for row in part.rows} for shard, part in parts.items()}
+    assigned = assign(layers, 2, rule)
+    assert found == {
+        shard: {name for name, own in zip("abc", assigned, strict=True) if own == shard} for shard in (0, 1)
+    }
+    assert assigned != assign(layers, 2, WHOLE), "without the rule other shards would have them"
+
+
 def test_without_covariances_the_norm_of_the_mean_stays(tmp_path: Path) -> None:
     storage, written = Storage(tmp_path), window(stats=("trace",), shards={0: (2, True)})
     ParquetWriter(storage).write(written)
     (earlier,) = final_windows(storage, [(1, 4)])
-    rows = [row for part in read_parts(storage, earlier, LAYERS, 1).values() for row in part.rows]
+    rows = [row for part in read_parts(storage, earlier, LAYERS, 1, WHOLE).values() for row in part.rows]
     assert [row.mean_norm for row in rows] == [row.mean_norm for row in written.rows]
     assert {row.covariance is None and row.embedding is None for row in rows} == {True}
 
@@ -89,7 +106,7 @@ def test_each_shard_has_what_its_own_part_said(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     ParquetWriter(storage).write(window(workers=1, shards={1: (2, True), 0: (1, False)}))
     (earlier,) = final_windows(storage, [(1, 4)])
-    parts = read_parts(storage, earlier, LAYERS, 2)
+    parts = read_parts(storage, earlier, LAYERS, 2, WHOLE)
     assert not earlier.complete
     assert {shard: (part.workers, part.complete) for shard, part in parts.items()} == {0: (1, False), 1: (2, True)}
     assert read_spectra(tmp_path).num_rows == 6

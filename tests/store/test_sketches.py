@@ -20,7 +20,7 @@ from delve_ray.recorder import Recorder, RecorderOptions
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import LayerRow
 from delve_ray.selection import select_layers
-from delve_ray.sketch import SketchRule, omega, sketch_size
+from delve_ray.sketch import WHOLE, SketchRule, omega, sketch_size
 from delve_ray.storage import Storage
 from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
@@ -277,7 +277,7 @@ def test_shards_publish_what_one_store_does(tmp_path: Path) -> None:
 
 def test_shards_are_assigned_by_the_cost_of_a_sketch() -> None:
     infos = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (500, 100, 100), strict=True)]
-    assert assign(infos, 2) == [0, 1, 1]
+    assert assign(infos, 2, WHOLE) == [0, 1, 1]
     assert assign(infos, 2, SketchRule(200, 8)) == [0, 0, 1], "500·10 values are fewer than 100·103/2"
 
 
