@@ -42,19 +42,23 @@ OPTIONS: dict[str, Any] = {"max_features": 64, "sketch_size": SIZE}
 class SketchingWorker(Worker):
     """Sends sketches of wide layers."""
 
+    def __init__(self, *args: Any, rule: SketchRule = RULE, **changes: Any) -> None:
+        super().__init__(*args, **changes)
+        self.rule = rule
+
     def delta(self, rows: dict[tuple[int, int], np.ndarray], step: int, closes: bool) -> tuple[Delta, np.ndarray]:
         entries, parts = [], [np.empty(0)]
         for (layer, phase), values in sorted(rows.items()):
             moments = Moments.from_rows(values)
             entries.append((layer, phase, moments.n, 0))
-            parts += [moments.mean, packed(moments)]
+            parts += [moments.mean, packed(moments, self.rule)]
         delta = Delta(self.source, self.attempt, self.seq, self.window, step, closes, closes, tuple(entries))
         buffer = np.concatenate(parts)
         return delta.sealed(buffer), buffer
 
 
-def packed(moments: Moments) -> F64:
-    columns = RULE.columns(moments.features)
+def packed(moments: Moments, rule: SketchRule = RULE) -> F64:
+    columns = rule.columns(moments.features)
     if not columns:
         return moments.packed()
     test = omega(moments.features, columns).dense(0, moments.features)
@@ -95,7 +99,7 @@ def same(row: Any, expected: LayerRow) -> None:
 
 
 def own(savefile: str = "/nowhere", **changes: Any) -> StoreConfig:
-    return config(savefile=savefile, product_eps=2.0**-52, **(OPTIONS | changes))
+    return config(savefile=savefile, **({"product_eps": 2.0**-52} | OPTIONS | changes))
 
 
 def send_all(workers: list[SketchingWorker], windows: int = 1) -> list[dict[int, F64]]:
