@@ -54,30 +54,39 @@ def _title(metric: str) -> str:
 
 def _metric(row: Mapping[str, Any], key: str, by: str) -> str:
     """A metric of a trial, as an interval where its ends are apart."""
-    low, high = (row["by_low"], row["by_high"]) if key == by else (None, None)
-    if low is not None and high is not None and f"{low:.4g}" != f"{high:.4g}":
+    low, high = row["by_low"], row["by_high"]
+    if key == by and _is_interval(row):
         return f"{low:.2g}…{high:.2g}"
     return f"{row[key] if row[key] is not None else low:.4g}"
 
 
+def _is_interval(row: Mapping[str, Any]) -> bool:
+    """Whether the ends of a metric are so far apart that it shows."""
+    low, high = row["by_low"], row["by_high"]
+    return low is not None and high is not None and f"{low:.4g}" != f"{high:.4g}"
+
+
 def _open(rows: Sequence[Mapping[str, Any]], by: str) -> list[str]:
     """Of which trials sketched layers leave the metric open, and what that does to their places."""
+    bounded = [row for row in rows if _is_interval(row)]
+    without = [row for row in rows if row["unresolved"] and row["by_low"] is None]
     notes = []
-    for known, said in (
-        (True, "an interval, as layers are sketched; ranked by the end that is certain: {}"),
-        (False, "without the layers that are sketched, which have no {stat}: {}"),
-    ):
-        found = [row for row in rows if row["unresolved"] and (row["by_low"] is not None) is known]
-        if found:
-            named = [f"{printable(str(row['trial']))} ({_layers(row['unresolved'])})" for row in found[:_MOST_SHOWN]]
-            more = ", …" if len(found) > _MOST_SHOWN else ""
-            notes.append(said.format(", ".join(named) + more, stat=_title(by)))
+    if bounded:
+        notes.append(f"an interval, as layers are sketched; ranked by the end that is certain: {_trials(bounded)}")
+    if without:
+        notes.append(f"without the layers that are sketched, which have no {_title(by)}: {_trials(without)}")
     return notes
 
 
+def _trials(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The first few trials, and the layers of each that have no value."""
+    named = [printable(str(row["trial"])) + _layers(row["unresolved"]) for row in rows[:_MOST_SHOWN]]
+    return ", ".join(named) + (", …" if len(rows) > _MOST_SHOWN else "")
+
+
 def _layers(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_LAYERS
-    return ", ".join(map(printable, names[:_MOST_LAYERS])) + (f" and {more} more" if more > 0 else "")
+    more = f" and {len(names) - _MOST_LAYERS} more" if len(names) > _MOST_LAYERS else ""
+    return f" ({', '.join(map(printable, names[:_MOST_LAYERS]))}{more})" if names else ""
 
 
 def _config(row: Mapping[str, Any]) -> str:
