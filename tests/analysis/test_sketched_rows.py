@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from delve_ray import read_spectra
@@ -15,6 +16,7 @@ from delve_ray.analysis.diagnosis import diagnose
 from delve_ray.analysis.exporting import export_npy, spectra_csv
 from delve_ray.analysis.recompute import recompute
 from delve_ray.analysis.table import layer_table
+from delve_ray.errors import ReadError
 from delve_ray.storage import Storage
 from delve_ray.writers.parquet import ParquetWriter
 from tests.cli.runs import command
@@ -132,6 +134,9 @@ def test_pictures_take_them(run: str, tmp_path: Path) -> None:
     assert titles[1].endswith("40 features, 5000 samples")
     for draw in (plots.saturation_per_layer, plots.saturation_over_steps):
         draw(spectra, tmp_path / f"{draw.__name__}.png")
+    alone = spectra.filter(pc.field("layer") == "unseen")
+    with pytest.raises(ReadError, match=r"stat='saturation': the layers are sketched, .* There are: trace"):
+        plots.stat_heatmap(alone)
 
 
 def test_the_command_takes_them(run: str, tmp_path: Path) -> None:
