@@ -23,6 +23,7 @@ from delve_ray.moments import F64, unpack_triangle
 from delve_ray.parcels import encode_parcel, parcel_name
 from delve_ray.recovery import recover
 from delve_ray.schema import PublishedWindow
+from delve_ray.sketch import WHOLE
 from delve_ray.storage import Storage
 from delve_ray.store import parts as parts_module
 from delve_ray.store.assignment import assign
@@ -159,8 +160,8 @@ def check(savefile: str, sent: dict[int, list[dict[tuple[int, int], F64]]], work
 @given(st.lists(st.one_of(st.none(), st.integers(1, 4096)), min_size=1, max_size=60), st.integers(1, 9))
 def test_no_shard_has_more_than_its_share_and_one_layer(widths: list[int | None], num_shards: int) -> None:
     layers = [LayerInfo(str(index), "Linear", width) for index, width in enumerate(widths)]
-    assigned = assign(layers, num_shards)
-    assert assigned == assign(list(layers), num_shards)
+    assigned = assign(layers, num_shards, WHOLE)
+    assert assigned == assign(list(layers), num_shards, WHOLE)
     cost = [0 if width is None else moments_size(width) for width in widths]
     loads = [sum(c for c, shard in zip(cost, assigned, strict=True) if shard == index) for index in range(num_shards)]
     assert set(assigned) <= set(range(num_shards))
@@ -408,7 +409,7 @@ def test_a_shard_that_never_comes_back_is_named_and_the_rest_published(
     lost = sharded.shards[1]
     sharded._stop(lost)
     until(lambda: read_spectra(tmp_path).num_rows > 0)
-    layers = {layer for layer, shard in zip(LAYERS, assign(LAYERS, 2), strict=True) if shard == 0}
+    layers = {layer for layer, shard in zip(LAYERS, assign(LAYERS, 2, WHOLE), strict=True) if shard == 0}
     found = set(read_spectra(tmp_path).column("layer").to_pylist())
     if found == {info.name for info in layers}:  # the other's part did not come in before
         assert any("without the layers of shards [1]" in word for word in sharded.front.progress().problems)
@@ -506,7 +507,7 @@ def test_what_was_not_delivered_is_recovered(tmp_path: Path, lost: bool) -> None
         check(str(tmp_path), {0: rows})
         return
     # What the shard's layers had before is gone: their rows say so, and count what there is once.
-    assigned = dict(zip((layer.name for layer in LAYERS), assign(LAYERS, 2), strict=True))
+    assigned = dict(zip((layer.name for layer in LAYERS), assign(LAYERS, 2, WHOLE), strict=True))
     for row in read_spectra(tmp_path).to_pylist():
         key = (int(row["layer"][5:]), ("train", "eval").index(row["phase"]))
         kept = rows if assigned[row["layer"]] == 0 else rows[1:]

@@ -20,7 +20,7 @@ from delve_ray.recorder import Recorder, RecorderOptions
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import LayerRow
 from delve_ray.selection import select_layers
-from delve_ray.sketch import SketchRule, omega, sketch_size
+from delve_ray.sketch import WHOLE, SketchRule, omega, sketch_size
 from delve_ray.storage import Storage
 from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
@@ -42,19 +42,23 @@ OPTIONS: dict[str, Any] = {"max_features": 64, "sketch_size": SIZE}
 class SketchingWorker(Worker):
     """Sends sketches of wide layers."""
 
+    def __init__(self, *args: Any, rule: SketchRule = RULE, **changes: Any) -> None:
+        super().__init__(*args, **changes)
+        self.rule = rule
+
     def delta(self, rows: dict[tuple[int, int], np.ndarray], step: int, closes: bool) -> tuple[Delta, np.ndarray]:
         entries, parts = [], [np.empty(0)]
         for (layer, phase), values in sorted(rows.items()):
             moments = Moments.from_rows(values)
             entries.append((layer, phase, moments.n, 0))
-            parts += [moments.mean, packed(moments)]
+            parts += [moments.mean, packed(moments, self.rule)]
         delta = Delta(self.source, self.attempt, self.seq, self.window, step, closes, closes, tuple(entries))
         buffer = np.concatenate(parts)
         return delta.sealed(buffer), buffer
 
 
-def packed(moments: Moments) -> F64:
-    columns = RULE.columns(moments.features)
+def packed(moments: Moments, rule: SketchRule = RULE) -> F64:
+    columns = rule.columns(moments.features)
     if not columns:
         return moments.packed()
     test = omega(moments.features, columns).dense(0, moments.features)
@@ -95,7 +99,7 @@ def same(row: Any, expected: LayerRow) -> None:
 
 
 def own(savefile: str = "/nowhere", **changes: Any) -> StoreConfig:
-    return config(savefile=savefile, product_eps=2.0**-52, **(OPTIONS | changes))
+    return config(savefile=savefile, **({"product_eps": 2.0**-52} | OPTIONS | changes))
 
 
 def send_all(workers: list[SketchingWorker], windows: int = 1) -> list[dict[int, F64]]:
@@ -277,7 +281,7 @@ def test_shards_publish_what_one_store_does(tmp_path: Path) -> None:
 
 def test_shards_are_assigned_by_the_cost_of_a_sketch() -> None:
     infos = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (500, 100, 100), strict=True)]
-    assert assign(infos, 2) == [0, 1, 1]
+    assert assign(infos, 2, WHOLE) == [0, 1, 1]
     assert assign(infos, 2, SketchRule(200, 8)) == [0, 0, 1], "500·10 values are fewer than 100·103/2"
 
 
