@@ -67,8 +67,9 @@ def with_widths(worker: Worker, rows: dict[tuple[int, int], F64], step: int, clo
     return replace(delta, widths=widths).sealed(buffer), buffer
 
 
-def check(savefile: str, sent: dict[int, list[dict[tuple[int, int], F64]]], workers: int = 2) -> None:
-    """The files have what was sent, by step, of every layer and phase."""
+def check(savefile: str, sent: dict[int, list[dict[tuple[int, int], F64]]], workers: int | dict[int, int] = 2) -> None:
+    """The files have what was sent, by step, of every layer and phase; `workers` may differ by step."""
+    ranks = workers if isinstance(workers, dict) else dict.fromkeys(sent, workers)
     spectra = read_spectra(savefile).to_pylist()
     covariances = {(r["step"], r["layer"], r["phase"]): r for r in read_covariances(savefile).to_pylist()}
     expected = {
@@ -82,7 +83,7 @@ def check(savefile: str, sent: dict[int, list[dict[tuple[int, int], F64]]], work
         layer, phase = int(row["layer"][5:]), ("train", "eval").index(row["phase"])
         every = np.concatenate([p[layer, phase] for p in sent[row["step"]] if (layer, phase) in p])
         where = (row["step"], row["layer"], row["phase"])
-        assert (row["samples"], row["workers"], row["final"]) == (len(every), workers, True), where
+        assert (row["samples"], row["workers"], row["final"]) == (len(every), ranks[row["step"]], True), where
         matrix = unpack_triangle(np.array(covariances[where]["covariance"]), every.shape[1])
         assert covariance_error(matrix, two_pass_covariance(every)) < 1e-12
         assert covariances[where]["revision"] == row["revision"]

@@ -28,6 +28,7 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, shard_config
 from delve_ray.store.protocol import LayerInfo, StoreConfig, moments_size
+from delve_ray.store.run_file import read_run
 from tests.chaos.processes import times
 from tests.store.six_layers import LAYERS, Sender, check, local_shards, mortal, some_rows, with_widths
 from tests.store.six_layers import layers as layers  # the fixture
@@ -130,14 +131,34 @@ def test_a_new_attempt_replaces_what_it_replays(tmp_path: Path) -> None:
         sent[step] = [some_rows(rng)]
         sharded.take(*with_widths(first, sent[step][0], step, True))
     sharded.take(*with_widths(first, some_rows(rng), 3, False))
+    torn = with_widths(first, some_rows(rng, 1.0), 3, True)
+    sharded.shards[0].take(*sharded._cut(*torn)[0])  # and then it died
     again = Worker(sharded, 0, sharded.config, token="b")
     assert (again.attempt, again.window) == (1, 0)
     for step in (2, 3):
         sent[step] = [some_rows(rng)]
         sharded.take(*with_widths(again, sent[step][0], step, True))
+        with pytest.raises(DeltaRefused, match="belongs to attempt 0, and attempt 1 replays from step 2"):
+            sharded.take(*torn)
+    assert [status["refused"] for status in sharded.status()["shards"]] == [0, 2], "the first one had it"
     again.leave()
     assert sharded.wait_finished(60)
     check(str(tmp_path), sent, workers=1)
+
+
+def test_a_run_whose_workers_are_all_silent_is_published_and_ended(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    sharded = local_shards(tmp_path, 2, silent_after=3.0)
+    workers = [Worker(sharded, rank, sharded.config) for rank in range(2)]
+    sent = {step: [some_rows(rng, 1.0) for _ in workers] for step in range(2)}
+    for step, parts in sent.items():
+        for worker, rows in zip(workers, parts, strict=True):
+            sharded.take(*with_widths(worker, rows, step, (step, worker) != (1, workers[1])))
+    assert sharded.wait_finished(60)
+    check(str(tmp_path), sent, workers={0: 2, 1: 1})
+    end = read_run(Storage(tmp_path))["end"]
+    assert end["why"].startswith("none of its workers was heard of for")
+    assert end["problems"] == []
 
 
 # --- failures ------------------------------------------------------------------------------------------------
