@@ -124,7 +124,9 @@ class PartWriter:
         """Wait until everything is written, and say that this was all."""
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or not self._held)
-        self._front().shard_done(self._shard)
+            everything = not self._held
+        if everything:
+            self._front().shard_done(self._shard)
 
     def stop_waiting(self) -> None:
         """Wait for nothing any more: there is no more time."""

@@ -1,6 +1,7 @@
 """Workers that are killed, stopped, restarted or silent in the middle of a training: the rows say what they hold.
 
-The store is one actor, or a front and shards.
+The store is one actor, or a front and shards. Ray Train takes long to start its workers, so each has two trackers, one
+of them with shards.
 """
 
 from __future__ import annotations
@@ -98,6 +99,16 @@ def second_start(folder: Path) -> int:
     return second
 
 
+SAVEFILES = {1: "saturation", 2: "saturation-shards"}
+"""In the directory of the results, by the number of shards."""
+
+
+def track(model: Any, num_shards: int, **options: Any) -> delve_ray.SaturationTracker:
+    """One of a worker's trackers."""
+    options |= {"name": None if num_shards == 1 else "shards", "num_shards": num_shards, "stats": STATS}
+    return delve_ray.SaturationTracker(SAVEFILES[num_shards], "parquet", model, **options)
+
+
 def save(model: Any, epoch: int, folder: Path) -> None:
     """Report the end of an epoch, which is a barrier, with a checkpoint from rank 0."""
     import ray.train
@@ -121,15 +132,15 @@ def train(config: dict[str, Any]) -> None:
     net = make_net()
     start = resume(net, config["out"])
     model = prepare_model(net)
-    options = {"stats": STATS, "publish_every": 0.5, "num_shards": config["num_shards"]}
-    tracker = delve_ray.SaturationTracker("saturation", "parquet", model, **options)
+    trackers = [track(model, num_shards, publish_every=0.5) for num_shards in config["num_shards"]]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for epoch in range(start, EPOCHS):
         torch.manual_seed(1000 * rank + epoch)  # dropout
         model.train()
         for number in range(BATCHES):
             if config["kill"] and (start, rank, epoch, number) == (0, 1, KILLED_IN, BATCHES // 2):
-                tracker.flush()  # so that the store holds a part of the epoch that is replayed
+                for tracker in trackers:
+                    tracker.flush()  # so that the store holds a part of the epoch that is replayed
                 os.kill(os.getpid(), signal.SIGKILL)
             loss = model(batch(rank, epoch, number)).square().mean()
             optimizer.zero_grad()
@@ -138,13 +149,15 @@ def train(config: dict[str, Any]) -> None:
         model.eval()
         with torch.no_grad():
             net(batch(rank, epoch, BATCHES))
-        tracker.add_saturations(epoch)
+        for tracker in trackers:
+            tracker.add_saturations(epoch)
         save(net, epoch, Path(config["out"], f"checkpoint-{epoch}"))
-    tracker.close()
+    for tracker in trackers:
+        tracker.close()
 
 
 def fit(worker: Any, folder: Path, name: str, num_workers: int, *, max_failures: int = 2, **config: Any) -> str:
-    """Train; the run's savefile."""
+    """Train; the directory of the results."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -156,22 +169,24 @@ def fit(worker: Any, folder: Path, name: str, num_workers: int, *, max_failures:
             name=name, storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=max_failures)
         ),
     ).fit()
-    return str(folder / "storage" / name / "saturation")
+    return str(folder / "storage" / name)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A run in which nothing happens, with one store."""
-    return fit(train, tmp_path_factory.mktemp("undisturbed"), "undisturbed", 2, kill=False, num_shards=1)
+def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, int]:
+    """The results of a training in which nothing happens and of one that is killed, and where that one went on."""
+    folder = tmp_path_factory.mktemp("trained")
+    plain = fit(train, folder, "undisturbed", 2, kill=False, num_shards=[1])
+    killed = fit(train, folder, "killed", 2, kill=True, num_shards=list(SAVEFILES))
+    return plain, killed, second_start(folder / "killed")
 
 
 def test_a_killed_and_resumed_training_has_the_rows_of_an_undisturbed_one(
-    tmp_path: Path, undisturbed: str, num_shards: int
+    trained: tuple[str, str, int], num_shards: int
 ) -> None:
-    name = f"killed-{num_shards}"
-    killed = fit(train, tmp_path, name, 2, kill=True, num_shards=num_shards)
-    expected, found = published(undisturbed), published(killed)
-    second = second_start(tmp_path / name)
+    plain, killed, second = trained
+    plain, killed = os.path.join(plain, SAVEFILES[1]), os.path.join(killed, SAVEFILES[num_shards])
+    expected, found = published(plain), published(killed)
     assert set(expected) == {(p, e, layer) for p in ("train", "eval") for e in range(EPOCHS) for layer in ("0", "3")}
     assert found.keys() == expected.keys()
     for key, row in found.items():
@@ -188,7 +203,7 @@ def test_a_killed_and_resumed_training_has_the_rows_of_an_undisturbed_one(
     assert [(attempt["attempt"], attempt["world_size"]) for attempt in attempts] == [(0, 2), (1, 2)]
     assert run_file(killed)["end"]["why"] == "closed"
     assert run_file(killed)["options"]["num_shards"] == num_shards
-    assert [attempt["attempt"] for attempt in run_file(undisturbed)["attempts"]] == [0]
+    assert [attempt["attempt"] for attempt in run_file(plain)["attempts"]] == [0]
 
 
 def grow(config: dict[str, Any]) -> None:
@@ -198,26 +213,38 @@ def grow(config: dict[str, Any]) -> None:
     rank, world_size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
     worker = Worker(rank, FEATURES)
     start = resume(worker.model, config["out"])
-    worker.track("saturation", "parquet", stats=STATS, rank=rank, num_shards=config["num_shards"])
+    trackers = [track(worker.model, num_shards, publish_every=NEVER_S) for num_shards in SAVEFILES]
     for epoch in range(start, EPOCHS):
         if world_size == 1 and epoch == KILLED_IN:
             worker.batches(epoch, range(2))
-            worker.tracker.flush()
+            for tracker in trackers:
+                tracker.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        worker.window(epoch, range(BATCHES))
+        worker.batches(epoch, range(BATCHES))
+        for tracker in trackers:
+            tracker.add_saturations(epoch)
         save(worker.model, epoch, Path(config["out"], f"checkpoint-{epoch}"))
-    worker.tracker.close()
+    for tracker in trackers:
+        tracker.close()
 
 
-def test_a_training_that_is_started_again_may_have_more_workers(tmp_path: Path, num_shards: int) -> None:
-    """Ray Train goes on with an experiment of the same name, from its last checkpoint."""
+@pytest.fixture(scope="module")
+def grown(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, int]:
+    """The results of a training that was started twice, and where it went on the second time.
+
+    Ray Train goes on with an experiment of the same name, from its last checkpoint.
+    """
     from ray.train import WorkerGroupError
 
-    name = f"growing-{num_shards}"
+    folder = tmp_path_factory.mktemp("grown")
     with pytest.raises(WorkerGroupError):
-        fit(grow, tmp_path, name, 1, max_failures=0, num_shards=num_shards)
-    savefile = fit(grow, tmp_path, name, 2, num_shards=num_shards)
-    second = second_start(tmp_path / name)
+        fit(grow, folder, "growing", 1, max_failures=0)
+    return fit(grow, folder, "growing", 2), second_start(folder / "growing")
+
+
+def test_a_training_that_is_started_again_may_have_more_workers(grown: tuple[str, int], num_shards: int) -> None:
+    results, second = grown
+    savefile = os.path.join(results, SAVEFILES[num_shards])
     ranks = {epoch: [0] if epoch < second else [0, 1] for epoch in range(EPOCHS)}
     expected = {e: rows_of(e, dict.fromkeys(ranks[e], range(BATCHES))) for e in range(EPOCHS)}
     rows = check_rows(savefile, expected)
@@ -257,10 +284,7 @@ def test_a_resumed_run_may_have_another_world_size(savefile: str, num_shards: in
 def test_a_dead_rank_is_missed_by_name_and_what_it_had_shipped_counts(savefile: str, num_shards: int) -> None:
     import ray
 
-    with (
-        store(savefile, "dead-rank", num_shards=num_shards, world_size=3, late_after=2.0) as handle,
-        team_of(3) as team,
-    ):
+    with store(savefile, "dead", num_shards=num_shards, world_size=3, late_after=2.0) as handle, team_of(3) as team:
         pids = ray.get([w.track.remote(store=handle) for w in team])
         ray.get([w.window.remote(0, range(4)) for w in team])
         ray.get(team[2].batches.remote(1, range(3)))
@@ -291,10 +315,7 @@ def test_a_dead_rank_is_missed_by_name_and_what_it_had_shipped_counts(savefile: 
 def test_a_stopped_rank_corrects_the_rows_when_it_goes_on(savefile: str, num_shards: int) -> None:
     import ray
 
-    with (
-        store(savefile, "straggler", num_shards=num_shards, world_size=2, late_after=2.0) as handle,
-        team_of(2) as team,
-    ):
+    with store(savefile, "late", num_shards=num_shards, world_size=2, late_after=2.0) as handle, team_of(2) as team:
         pids = ray.get([w.track.remote(store=handle) for w in team])
         ray.get([w.window.remote(0, range(4)) for w in team])
         ray.get(team[1].batches.remote(1, range(2)))
@@ -306,14 +327,8 @@ def test_a_stopped_rank_corrects_the_rows_when_it_goes_on(savefile: str, num_sha
             ray.get(team[0].call.remote("metrics", wait=True))
             # Out of the memory: what comes late has to be merged into what a file holds.
             wait_until(lambda: of_moments(handle, num_shards, "parked_windows") == {2}, "two windows in files")
-            before = check_rows(
-                savefile,
-                {
-                    0: rows_of(0, dict.fromkeys(range(2), range(4))),
-                    1: rows_of(1, {0: range(6), 1: range(2)}),
-                    2: rows_of(2, {0: range(6)}),
-                },
-            )
+            there = {0: dict.fromkeys(range(2), range(4)), 1: {0: range(6), 1: range(2)}, 2: {0: range(6)}}
+            before = check_rows(savefile, {step: rows_of(step, batches) for step, batches in there.items()})
         for step, numbers in ((1, range(4, 6)), (2, range(6))):
             ray.get(team[1].window.remote(step, numbers))
         ray.get([w.call.remote("close") for w in team])
@@ -330,11 +345,7 @@ def test_deltas_of_an_attempt_that_was_replaced_change_nothing(savefile: str, nu
     import ray
 
     everything = range(4)
-    with (
-        store(savefile, "replaced", num_shards=num_shards, world_size=2) as handle,
-        team_of(2) as old,
-        team_of(2) as new,
-    ):
+    with store(savefile, "old", num_shards=num_shards, world_size=2) as handle, team_of(2) as old, team_of(2) as new:
         pids = ray.get([w.track.remote(store=handle) for w in old])
         for step in range(2):
             ray.get([w.window.remote(step, everything) for w in old])
@@ -361,12 +372,11 @@ def test_deltas_of_an_attempt_that_was_replaced_change_nothing(savefile: str, nu
     assert [(row["attempt"], row["workers"]) for row in rows] == [(0, 2), (1, 2), (1, 2), (1, 2)]
 
 
-def test_a_run_whose_workers_are_all_silent_is_published_and_ended(savefile: str, num_shards: int) -> None:
+def test_a_run_whose_workers_are_all_silent_is_published_and_ended(savefile: str) -> None:
+    """With shards: see tests/store/test_sharded.py."""
     import ray
 
-    with store(
-        savefile, "silent", num_shards=num_shards, world_size=2, silent_after=12.0, late_after=NEVER_S
-    ) as handle:
+    with store(savefile, "silent", world_size=2, silent_after=12.0, late_after=NEVER_S) as handle:
         with team_of(2) as team:
             pids = ray.get([w.track.remote(store=handle) for w in team])
             ray.get([w.window.remote(0, range(4)) for w in team])
