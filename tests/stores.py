@@ -13,6 +13,7 @@ from delve_ray.moments import Moments
 from delve_ray.schema import PublishedWindow
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, Source, StoreConfig
+from delve_ray.store.sharded import ShardedStore
 from delve_ray.writers.base import Scalar
 
 LAYERS = [LayerInfo("conv", "Conv2d", 3), LayerInfo("fc", "Linear", 5)]
@@ -61,9 +62,11 @@ def source(rank: int, name: str = "", token: str = "", pid: int = 100) -> Source
 class Worker:
     """Sends rows to a store like a tracker does, with its own sequence of deltas."""
 
-    def __init__(self, store: CovarianceStore, rank: int, options: StoreConfig | None = None, **changes: Any) -> None:
+    def __init__(
+        self, store: CovarianceStore | ShardedStore, rank: int, options: StoreConfig | None = None, **changes: Any
+    ) -> None:
         self.store, self.source = store, source(rank, **changes)
-        welcome = store.register(self.source, options or store.config, LAYERS)
+        welcome = store.register(self.source, options or store.settings(), LAYERS)
         self.attempt, self.window = welcome.attempt, welcome.window
         self.seq = 0
 

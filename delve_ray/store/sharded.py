@@ -195,7 +195,7 @@ class LocalShards(ShardedStore):
         self.local_shards = []
         for shard in range(config.num_shards):
             options = shard_config(config, shard)
-            writer = PartWriter(shard, lambda: self.local_front)
+            writer = PartWriter(shard, lambda: self.local_front, config.num_shards)
             self.local_shards.append(ShardStore(options, writers=[writer], saver=savers(options)))
         super().__init__(self.local_front, self.local_shards)
 

@@ -29,6 +29,10 @@ _GRACE_S = 1.0
 """How long a thread that was told to stop may take to say what it gave up."""
 
 
+def _nothing() -> None:
+    """What is done where there is nothing to do."""
+
+
 class WriterThread:
     """One writer on its own thread: its failures and its slowness are its own.
 
@@ -124,6 +128,7 @@ class WriterThread:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
+            getattr(self.writer, "stop_waiting", _nothing)()  # of a writer that waits for others
             self._thread.join(_GRACE_S)
         if alive := self._thread.is_alive():
             log.error("writer %s did not end in %.3g s: it is still busy", self.writer.name, timeout)

@@ -30,8 +30,8 @@ from delve_ray.store.protocol import Ack, Bundle, Delta, LayerInfo, Source
 from delve_ray.store.saving import Saver
 from delve_ray.writers.base import Scalar
 from tests.chaos.processes import times
-from tests.store.test_sharded import FEATURES, LAYERS, Alive, Sender, Sharded, check, some_rows, with_widths
-from tests.store.test_sharded import layers as layers  # the fixture
+from tests.store.six_layers import FEATURES, LAYERS, Sender, check, local_shards, mortal, some_rows, with_widths
+from tests.store.six_layers import layers as layers  # the fixture
 from tests.stores import Keeper, Worker, config, until
 
 NODE = range(4)
@@ -118,7 +118,7 @@ def test_the_files_are_those_without_a_combiner(tmp_path: Path, num_shards: int)
     if num_shards == 1:
         store = CovarianceStore(replace(options, savefile=str(tmp_path / "run")))
     else:
-        store = Sharded(str(tmp_path / "run"), num_shards, world_size=len(NODE), embed_rows=6).store
+        store = local_shards(tmp_path / "run", num_shards, world_size=len(NODE), embed_rows=6)
     workers = [Worker(store, rank, store.settings()) for rank in NODE]
     combiner = Combiner(store, LAYERS, 6)
     for step in range(3):
@@ -380,9 +380,9 @@ def test_what_is_no_bundle_is_refused_and_changes_nothing(tmp_path: Path, name: 
     store, workers, _ = node_store(world_size=2)
     take: Any = store.take_bundle
     if num_shards > 1:
-        sharded = Sharded(str(tmp_path), num_shards)
-        workers = [Worker(sharded.store, rank, sharded.config) for rank in range(2)]  # type: ignore[arg-type]
-        take = sharded.store.take_bundle
+        sharded = local_shards(tmp_path, num_shards)
+        workers = [Worker(sharded, rank, sharded.config) for rank in range(2)]
+        take = sharded.take_bundle
     offers = offers_of(workers)
     bundle, buffer = bundle_of(offers)
     bad = tamper(bundle, buffer)
@@ -517,45 +517,15 @@ class Wire:
         self.combiner.forget(source)
 
 
-class Alone:
-    """A store without shards that can be killed, with the methods of `Sharded`."""
-
-    def __init__(self, savefile: str, world_size: int) -> None:
-        self.config = config(
-            savefile=savefile,
-            save_to=("parquet",),
-            stats=("saturation", "trace", "cov", "embed"),
-            world_size=world_size,
-            snapshot_every=0.05,
-        )
-        self.core: Any = CovarianceStore(self.config, saver=Saver(Storage(savefile), 0.05))
-        self.store: Any = Alive(lambda: self.core)
-
-    def kill_shard(self, _: int) -> None:
-        old, self.core = self.core, None
-        Sharded._stop(self, old)  # type: ignore[arg-type]
-        new = CovarianceStore(replace(self.config, resume=True), saver=Saver(Storage(self.config.savefile), 0.05))
-        new.restore()
-        self.core = new
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("seed", range(times(3)))
 def test_whatever_is_lost_or_killed_every_row_counts_once(tmp_path: Path, seed: int, num_shards: int) -> None:
     rng, dice = np.random.default_rng(seed), random.Random(seed)
-    stores: Any
-    if num_shards == 1:
-        stores = Alone(str(tmp_path), len(NODE))
-    else:
-        stores = Sharded(str(tmp_path), num_shards, world_size=len(NODE))
-    direct = stores.store
+    stores = mortal(tmp_path, num_shards, seed, world_size=len(NODE))
+    direct = stores.reached
     wire = Wire(lambda: Combiner(direct, LAYERS, 256, patience=0.02), dice, 0.08)
-    stores.store = CombinedStore(direct, lambda: wire, again=0.01)
-    senders = [Sender(stores, rank) for rank in NODE]
-    for sender in senders:  # each has a store of its own, as each worker does
-        sender.sharded = type("Own", (), {"store": CombinedStore(direct, lambda: wire, again=0.01)})()
-        sender.sharded.config = stores.config
+    senders = [Sender(CombinedStore(direct, lambda: wire, again=0.01), rank, stores.config) for rank in NODE]
     sent: dict[int, list[Any]] = {}
     with ThreadPoolExecutor(len(NODE)) as pool:
         for step in range(5):
@@ -568,7 +538,7 @@ def test_whatever_is_lost_or_killed_every_row_counts_once(tmp_path: Path, seed: 
                 if dice.random() < 0.4:
                     wire.kill()
                 if dice.random() < 0.25:
-                    stores.kill_shard(dice.randrange(num_shards))
+                    stores.kill()
                 for future in running:
                     future.result(60)
                 if dice.random() < 0.3:
