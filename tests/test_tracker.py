@@ -586,6 +586,7 @@ def test_closing_from_a_signal_handler_while_the_packer_waits_for_the_hook(
 ) -> None:
     model = nn.Linear(4, 20)
     tracker = SaturationTracker(savefile, "parquet", model, publish_every=0.01)
+    monkeypatch.setattr("delve_ray.shipping.PACK_S", 0.1)  # the packer ends after the hook, which waits for this
     waiting = threading.Event()
     slot = Accumulator._slot
 
