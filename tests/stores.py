@@ -103,7 +103,7 @@ def rows(n: int, d: int, offset: float = 0.0) -> np.ndarray:
 
 
 def published(store: CovarianceStore, windows: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while store.progress().published < windows:
         assert time.monotonic() < deadline, store.status()
         time.sleep(0.002)
@@ -111,12 +111,17 @@ def published(store: CovarianceStore, windows: int) -> None:
 
 def until(condition: Callable[[], object], what: str = "") -> None:
     """Wait until something holds."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
 
 
+def silent(store: CovarianceStore, rank: int, seconds: float) -> None:
+    """A rank was last heard of so many seconds earlier."""
+    store.attempts[-1].members[rank].heard -= seconds
+
+
 def written(store: CovarianceStore, windows: int) -> None:
     published(store, windows)
-    assert store.running().flush(10)  # the store's own flush would publish open windows, too
+    assert store.running().flush(60)  # the store's own flush would publish open windows, too

@@ -48,7 +48,7 @@ class WriterThread:
         self,
         writer: Writer,
         *,
-        retry_s: tuple[float, float] = RETRY_S,
+        retry_s: tuple[float, float] | None = None,
         max_bytes: int = MAX_QUEUED_BYTES,
         timings: Timings | None = None,
     ) -> None:
@@ -56,7 +56,7 @@ class WriterThread:
         self._timings = timings or Timings()
         self.written = self.failed = self.dropped = 0
         self.last_error: str | None = None
-        self._retry_s = retry_s
+        self._retry_s = retry_s or RETRY_S
         self._max_bytes = max_bytes
         self._queue: OrderedDict[Item, None] = OrderedDict()
         self._live: dict[tuple[int, int], Item] = {}  # of the queue, by window

@@ -201,7 +201,7 @@ def test_a_bundle_is_taken_whole_and_once() -> None:
     assert [(ack.merged, ack.next_seq) for ack in again if ack] == [(False, 1)] * 4
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of(offers)
     assert (store.counts["bundles"], store.counts["bundled"], store.counts["deltas"]) == (1, 4, 4)
 
@@ -219,7 +219,7 @@ def test_one_delta_that_is_there_already_leaves_the_others_to_themselves(there: 
         assert store.take(*offer).merged == (rank != there)
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of(offers)
 
 
@@ -236,7 +236,11 @@ def test_each_error_comes_out_at_its_worker() -> None:
     stranger = replace(good[2][0], source=replace(good[2][0].source, source="stranger", rank=9)).sealed(good[2][1])
     offers = [good[0], (good[1][0].sealed(broken), broken), (stranger, good[2][1]), good[3]]
     combiner.forget(good[2][0].source)
-    found = together(combiner.take, offers)
+    with ThreadPoolExecutor(1) as pool:
+        strange = pool.submit(together, combiner.take, offers[2:3])
+        until(lambda: combiner.ranks == 4)  # from now on all wait for all
+        others = together(combiner.take, [*offers[:2], offers[3]])
+        found = [*others[:2], *strange.result(60), others[2]]
     assert isinstance(found[1], DeltaRefused)
     assert "non-finite" in str(found[1])
     assert isinstance(found[2], UnknownSource)
@@ -249,7 +253,7 @@ def test_each_error_comes_out_at_its_worker() -> None:
     assert combiner.take(*good[2]).merged
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of([*first, *good])
 
 
@@ -276,7 +280,7 @@ def test_a_replaced_source_costs_no_other_its_rows() -> None:
     assert store.take(*ours[0]).merged
     for worker in (first, new):
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of([offers[0], *ours])
 
 
@@ -291,7 +295,7 @@ def test_a_late_bundle_corrects_a_window_that_waits_in_a_file(tmp_path: Path) ->
     assert [ack.merged for ack in acks if ack] == [True, True]
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     rows = read_spectra(tmp_path).to_pylist()
     found = {(int(row["layer"][5:]), ("train", "eval").index(row["phase"])): row["samples"] for row in rows}
     assert found == count_of(offers)
@@ -411,12 +415,12 @@ class Recorder:
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         self.calls.append([delta.source.rank])
-        self.gate.wait(20)
+        self.gate.wait(60)
         return Ack(0, next_seq=delta.seq + 1)
 
     def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack, ...]:
         self.calls.append(sorted(header.source.rank for header in bundle.headers))
-        self.gate.wait(20)
+        self.gate.wait(60)
         return tuple(Ack(0, next_seq=header.seq + 1) for header in bundle.headers)
 
 
@@ -437,9 +441,9 @@ def test_while_a_bundle_is_on_its_way_the_next_gathers() -> None:
         rest = [pool.submit(combiner.take, *offer) for offer in offers[1:]]
         until(lambda: combiner.ranks == 4)
         store.gate.set()
-        assert first.result(20).next_seq == 1
+        assert first.result(60).next_seq == 1
         again = pool.submit(combiner.take, *offers_of(workers[:1], 0, False, 1)[0])
-        assert [future.result(20).next_seq for future in (*rest, again)] == [1, 1, 1, 2]
+        assert [future.result(60).next_seq for future in (*rest, again)] == [1, 1, 1, 2]
     assert store.calls == [[0], [0, 1, 2, 3]]
     assert combiner.idle
 
@@ -457,7 +461,7 @@ def test_there_is_a_bound_on_bytes() -> None:
         store.gate.set()
         combiner.patience = 0.0
         for call in calls:
-            call.result(20)
+            call.result(60)
     assert sorted(rank for call in store.calls for rank in call) == [0, 1, 2, 3]
     assert max(map(len, store.calls)) <= 2
 
@@ -666,10 +670,10 @@ def test_all_but_deltas_goes_straight_to_the_store() -> None:
     assert combined.settings() == store.config
     assert combined.heartbeat(worker.source).next_seq == 0
     assert combined.take_bundle(*bundle_of(offers_of([worker])))[0] is not None
-    assert combined.flush(10)
+    assert combined.flush(60)
     assert combined.progress().missing == store.progress().missing
     assert combined.leave(worker.source, completed=True, sent=1, timeout=1.0).left
-    assert combined.wait_finished(10)
+    assert combined.wait_finished(60)
     assert combined.status()["bundles"] == 1
     combined.end(worker.source)
     assert combined.abandon()

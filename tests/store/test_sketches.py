@@ -211,7 +211,7 @@ def test_a_restarted_store_goes_on_with_its_sketches(tmp_path: Path) -> None:
     first = some_rows(1)
     workers[0].send(first)
     assert store.saver is not None
-    assert store.saver.wait_saved(store._version, 20)
+    assert store.saver.wait_saved(store._version, 60)
     store.saver.stop()
     restarted = CovarianceStore(replace(options, resume=True), saver=Saver(Storage(options.savefile), 3600.0))
     restarted.restore()
@@ -270,7 +270,7 @@ def test_shards_publish_what_one_store_does(tmp_path: Path) -> None:
         published(store, 2)
         for worker in workers:
             worker.leave()
-        assert store.wait_finished(20)
+        assert store.wait_finished(60)
     rows = {(row["step"], row["layer"]): row for row in read_spectra(options.savefile).to_pylist()}
     assert len(rows) == 6
     for window in keeper.windows:
