@@ -26,6 +26,7 @@ from delve_ray.storage import Storage
 from delve_ray.store import parts as parts_module
 from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
+from delve_ray.store.door import MAX_COUNT
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import Held, LayerInfo, StoreConfig, moments_size
@@ -428,6 +429,30 @@ def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:
     worker.leave()
     assert sharded.store.wait_finished(60)
     check(str(tmp_path), {0: [rows]}, workers=1)
+
+
+def test_a_count_that_one_shard_alone_can_refuse_shows_in_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 16,384 of the largest deltas, but for this test, which lets one bring as much."""
+    monkeypatch.setattr("delve_ray.store.door.MAX_ROWS", MAX_COUNT)
+    sharded = Sharded(str(tmp_path), 2)
+    rng = np.random.default_rng(1)
+    workers = [Worker(sharded.store, rank, sharded.config) for rank in range(2)]  # type: ignore[arg-type]
+    for worker in workers:
+        assert sharded.store.take(*with_widths(worker, some_rows(rng, 1.0), 0, worker is workers[0])).merged
+    delta, buffer = with_widths(workers[1], some_rows(rng, 1.0), 0, True)
+    (layer, phase, _, nonfinite), *others = delta.entries
+    delta = replace(delta, entries=((layer, phase, MAX_COUNT - 1, nonfinite), *others), weights=())
+    with pytest.raises(DeltaRefused, match="would count"):
+        sharded.store.take(delta.sealed(buffer), buffer)
+    workers[0].leave()
+    for store in (*sharded.shards, sharded.front):
+        store.finish("its sender has ended")
+    assert sharded.store.wait_finished(60)
+    found = read_spectra(tmp_path).to_pylist()
+    assert len(found) == 2 * len(LAYERS)
+    assert {(row["step"], row["workers"]) for row in found} == {(0, 1)}
 
 
 def test_a_shard_is_configured_like_the_run_but_for_its_files() -> None:
