@@ -1,9 +1,8 @@
-"""The sender: two threads per worker that take what was recorded to the store, so that training never does.
+"""The sender: a thread that takes to the store what the packer has put into the outbox, see `packing_queue`.
 
-The training thread only swaps accumulators (`close_window`). The packer waits for the device and packs all layers of a
-delta into one float64 buffer. The sender offers one delta at a time until the store has it; meanwhile the rest goes on
-merging on the device, and closed windows are packed and wait in the outbox, in memory or on disk. What the store has
-merged but not saved stays there, too, and is offered again to a store that was restarted.
+It offers one delta at a time until the store has it; meanwhile the rest goes on merging on the device, and closed
+windows are packed and wait. What the store has merged but not saved stays in the outbox, too, and is offered again to a
+store that was restarted.
 """
 
 from __future__ import annotations
@@ -11,16 +10,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from delve_ray.errors import StoreError, UnknownSource
 from delve_ray.moments import F64
 from delve_ray.outbox import Outbox
-from delve_ray.packing import Packer, Pending
+from delve_ray.packing_queue import PackingQueue
 from delve_ray.recorder import Recorder
+from delve_ray.store.metrics import Metrics
 from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, StoreConfig, Welcome
-from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
 
@@ -47,11 +45,9 @@ def heartbeat_s(config: StoreConfig) -> float:
     return max(HEARTBEAT_S, min(config.world_size / HEARTBEATS_PER_S, most))
 
 
-class Shipper:
+class Shipper(PackingQueue):
     """Sends one worker's deltas to a store; `rejoin` registers again with a store that was started anew.
 
-    Memory: the accumulators of one delta and its buffer; what is packed, up to the outbox's bound; closed windows that
-    wait to be packed, up to what `max_memory` leaves. Beyond that the rows of a window are given up, and it says so.
     The methods may be called from any thread and do not wait, but for those that take a timeout.
     """
 
@@ -68,36 +64,18 @@ class Shipper:
         publish_every: float,
         first_step: int,
     ) -> None:
+        super().__init__(source, welcome, recorder, outbox, publish_every=publish_every, first_step=first_step)
         self.config = config
         self.store = store
-        self.source = source
-        self.attempt = welcome.attempt
-        self.recorder = recorder
-        self.outbox = outbox
-        self.publish_every = publish_every
-        self.windows = welcome.window
-        self.sent = 0
-        """Deltas that were packed: the store has to have so many in the end."""
-        self.metrics: dict[str, float] = {}
-        self.lost: str | None = None
+        self.metrics: Mapping[str, float] = Metrics()
         self.leaving = False
         self.last_ack: Ack | None = None
         if hasattr(store, "following"):
             store.following = outbox.following
         self._rejoin = rejoin
-        self._pack = Packer(recorder.layers)
-        self._next_step = first_step
-        self._packed_window = welcome.window
-        self._first = True  # whether the next delta is the first of its window
-        self._queue: deque[Pending] = deque()
-        self._scalars: list[Scalar] = []
-        self._packing = False
-        self._stopping = False
-        self._fetched = -1
+        self._heard = -1  # windows that were published when the store told the metrics
         self._told = float("-inf")
         self._awake = False
-        # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
-        self._state = threading.Condition()
         self._threads = [
             threading.Thread(target=self._pack_all, name="delve_ray-packer", daemon=True),
             threading.Thread(target=self._send_all, name="delve_ray-sender", daemon=True),
@@ -105,63 +83,7 @@ class Shipper:
         for thread in self._threads:
             thread.start()
 
-    # --- called by the training --------------------------------------------------------------------------------
-
-    def close_window(self, step: int | None) -> None:
-        """Close the window: hand over what was recorded since the last delta. Returns at once.
-
-        Without a `step` the window gets the label that another rank gives it, or else the next step.
-        """
-        with self.recorder.lock, self._state:  # in this order everywhere: a hook has the first when a signal ends it
-            harvest = self.recorder.harvest(end_of_window=True)
-            label = self._next_step if step is None else step
-            item = Pending(self._open_window(), label, True, step is not None, harvest, self._take_scalars())
-            spare = self.recorder.spare_bytes - max(0, self.outbox.memory_bytes - self.recorder.outbox_bytes)
-            if self._queue and sum(other.nbytes for other in (*self._queue, item)) > spare:
-                item.harvest, item.complete = {}, False
-                log.error(
-                    "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
-                    "would exceed max_memory=%d; close fewer windows, or raise it",
-                    self.source.rank,
-                    label,
-                    self.recorder.options.max_memory,
-                )
-            self._queue.append(item)
-            self.windows = item.window + 1
-            self._next_step = label + 1
-            self._state.notify_all()
-
-    def number_from(self, step: int) -> None:
-        """The label of the next window that is given none."""
-        with self._state:
-            self._next_step = step
-
-    def queue_live(self) -> None:
-        """Hand over what was recorded so far without closing the window. Returns at once."""
-        with self.recorder.lock, self._state:
-            # The end may have come while a hook had the lock.
-            harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
-            scalars = self._take_scalars()
-            if harvest or scalars:
-                self._queue.append(Pending(self._open_window(), self._next_step, False, False, harvest, scalars))
-            self._state.notify_all()
-
-    def add_scalar(self, scalar: Scalar) -> None:
-        """Queue a user scalar. Returns at once."""
-        with self._state:
-            self._scalars.append(scalar)
-            self._state.notify_all()
-
-    def _open_window(self) -> int:
-        """Ordinal of the open window, also after a close that Ctrl-C has interrupted halfway."""
-        last = self._queue[-1] if self._queue else None
-        closed = 0 if last is None else last.window + last.closes
-        self.windows = max(self.windows, self._packed_window, closed)
-        return self.windows
-
-    def _take_scalars(self) -> list[Scalar]:
-        scalars, self._scalars = self._scalars, []
-        return scalars
+    # --- called by the training and at the end -----------------------------------------------------------------
 
     def flush(self, timeout: float, *, tell_every: float = float("inf")) -> bool:
         """Wait until all that is queued is in the store; False when that takes longer.
@@ -208,55 +130,6 @@ class Shipper:
             steps = {delta.step for delta in waiting if delta.entries or delta.closes}
             steps |= {item.step for item in queued if item.harvest or item.closes}
         return f"rows of {_spans(steps)}, {scalars} scalars"
-
-    # --- the packer's thread -----------------------------------------------------------------------------------
-
-    def _idle(self) -> bool:
-        return not (self._queue or self._scalars or self._packing or self.outbox.waiting)
-
-    def _pack_all(self) -> None:
-        every = self.publish_every or threading.TIMEOUT_MAX / 2
-        next_live = time.monotonic() + every
-        while True:
-            with self._state:
-                self._state.wait_for(
-                    lambda: self._stopping or self._queue or self._scalars, max(0.0, next_live - time.monotonic())
-                )
-                if self._stopping and not self._queue and not self._scalars:
-                    return
-                item = self._queue[0] if self._queue else None
-                if item is None and self._scalars:
-                    item = Pending(self._open_window(), self._next_step, False, False, {}, self._take_scalars())
-                    self._queue.append(item)
-                if item is not None:
-                    item.hand_over()
-                    self._packing = True
-            if item is not None:
-                self._pack_next(item)
-            elif time.monotonic() >= next_live:
-                if not self.outbox.waiting:  # what was never sent goes on merging
-                    self.queue_live()
-                next_live = time.monotonic() + every
-
-    def _pack_next(self, item: Pending) -> None:
-        try:
-            delta, buffer = self._pack(item, self.source, self.attempt, self.sent)
-            memory = self.recorder.outbox_bytes
-            with self._state:
-                waiting = sum(other.nbytes for other in self._queue if other is not item)
-            limit = memory + max(0, self.recorder.spare_bytes - waiting)
-            self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
-            self.sent += 1
-            self._first = item.closes
-            self._packed_window = item.window + item.closes
-        except Exception as error:  # the training goes on, whatever happens here
-            log.exception("rank %d: rows of step %d are lost", self.source.rank, item.step)
-            self._lose(f"{type(error).__name__}: {error}")
-        finally:
-            with self._state:
-                self._queue.popleft()
-                self._packing = False
-                self._state.notify_all()
 
     # --- the sender's thread -----------------------------------------------------------------------------------
 
@@ -320,6 +193,8 @@ class Shipper:
         if self.outbox.acknowledge(ack):
             log.warning("rank %d: the store was restarted; it is offered what it has not saved", self.source.rank)
         with self._state:
+            if ack.metrics is not None:
+                self.metrics, self._heard = ack.metrics, ack.published
             self.last_ack = ack
             self._told = float("-inf")
             self._state.notify_all()
@@ -355,32 +230,17 @@ class Shipper:
                 self.outbox.status(),
             )
 
-    def _lose(self, why: str) -> None:
-        """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
-        self.recorder.recording = False
-        with self._state:
-            if self.lost is not None:
-                return
-            self.lost = why
-            self._state.notify_all()
-        log.error(
-            "rank %d of run %s cannot deliver its moments and records no more: %s",
-            self.source.rank,
-            self.source.run,
-            why,
-        )
-
     def _heartbeat(self) -> None:
-        """Say that this worker lives; fetch the metrics when a new window has been published."""
+        """Say that this worker lives."""
         self.note(self.store.heartbeat(self.source, self.outbox.status()))
         self._fetch()
 
     def _fetch(self) -> None:
-        """Fetch the metrics when a new window has been published."""
+        """Fetch the metrics of a window that has been published, where no answer has brought them."""
         ack = self.last_ack
-        if ack is not None and ack.published != self._fetched:
-            self.metrics = dict(self.store.progress().metrics)
-            self._fetched = ack.published
+        if ack is not None and ack.published != self._heard:
+            self.metrics = self.store.progress().metrics
+            self._heard = ack.published
 
     def _call(self, question: Callable[[], None]) -> None:
         """Ask the store something, whatever comes of it."""

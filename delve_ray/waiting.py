@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 
 from delve_ray.errors import DelveRayError, StoreError, UnknownSource
 from delve_ray.shipping import Shipper
@@ -17,12 +18,12 @@ _PAUSE_S = (0.01, 0.5)
 """First and longest pause between two questions to the store."""
 
 
-def wait_metrics(shipper: Shipper, timeout: float) -> dict[str, float]:
+def wait_metrics(shipper: Shipper, timeout: float) -> Mapping[str, float]:
     """The metrics that contain the window that this rank closed last. Raises StoreError after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     if not shipper.flush(timeout):
         raise StoreError(shipper.lost or f"rank {shipper.source.rank} could not deliver within {timeout:g} s")
-    return dict(wait_published(shipper.store, shipper.source.run, shipper.windows, deadline, timeout).metrics)
+    return wait_published(shipper.store, shipper.source.run, shipper.windows, deadline, timeout).metrics
 
 
 def wait_written(shipper: Shipper, timeout: float) -> None:
@@ -113,11 +114,11 @@ def _left(shipper: Shipper, left: float, *, completed: bool) -> bool:
     if not ack.left:
         return False
     if not ack.finished:
-        shipper.metrics = dict(store.progress(left).metrics)
+        shipper.metrics = store.progress(left).metrics
         return ack.saved
     done = store.wait_finished(min(left, TELL_S))
     progress = store.progress(left)
-    shipper.metrics = dict(progress.metrics)
+    shipper.metrics = progress.metrics
     if not done:
         raise StoreError(f"the files are not complete yet ({'; '.join(progress.problems) or 'publishing'})")
     for problem in progress.problems:

@@ -35,6 +35,8 @@ def end_stores(threads: Collection[threading.Thread]) -> None:
 
 def kill(store: Any) -> None:
     """End a store's threads as a kill ends its process: nothing more is written, and nobody hears of it."""
+    from delve_ray.store.parts import PartWriter
+
     store.ended = lambda: None
     store.part_state = _gone  # of a front: its shards ask for as long as it lives
     saver, publisher = store.saver, store.publisher
@@ -45,6 +47,8 @@ def kill(store: Any) -> None:
             saver._changed.notify_all()
     if publisher is not None:
         for writer in publisher.writers:
+            if isinstance(writer.writer, PartWriter):
+                writer.writer.stop_waiting()
             with writer._changed:
                 writer._ending = writer._stopping = True
                 writer._changed.notify_all()

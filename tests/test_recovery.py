@@ -132,7 +132,7 @@ def test_rows_that_a_full_disk_kept_out_are_written_afterwards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The store ends while its savefile takes nothing; what it has lies elsewhere on the machine."""
-    monkeypatch.setattr("delve_ray.store.windows.rescue_folder", lambda run: str(tmp_path / "rescue"))
+    monkeypatch.setattr("delve_ray.store.saved.rescue_folder", lambda run: str(tmp_path / "rescue"))
     savefile = tmp_path / "run"
     own = config(savefile=str(savefile), save_to=("parquet",), world_size=1)
     store = CovarianceStore(own, finish_timeout=0.2)
@@ -209,7 +209,7 @@ def test_where_there_is_no_run_it_says_so(tmp_path: Path) -> None:
 
 
 def test_a_rescue_is_not_needed_where_everything_was_written(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("delve_ray.store.windows.save_once", lambda *_: pytest.fail("nothing is missing"))
+    monkeypatch.setattr("delve_ray.store.saved.save_once", lambda *_: pytest.fail("nothing is missing"))
     own = config(savefile=savefile, save_to=("parquet",), world_size=1)
     store = CovarianceStore(own, writers=[keeper := Keeper()])
     worker = Worker(store, 0)

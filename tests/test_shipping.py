@@ -21,7 +21,7 @@ from delve_ray.moments import unpack_triangle
 from delve_ray.packing import Packer
 from delve_ray.shipping import heartbeat_s
 from delve_ray.store.core import CovarianceStore
-from delve_ray.store.protocol import Ack, Delta, LayerInfo
+from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress
 from tests.stores import config, until
 
 FEATURES = 60
@@ -36,6 +36,8 @@ class Link:
         self.reachable.set()
         self.hang = False
         self.calls = 0
+        self.asked = 0  # for the metrics
+        self.loses_metrics = False
 
     def _go(self) -> None:
         self.calls += 1
@@ -50,7 +52,12 @@ class Link:
 
     def heartbeat(self, source: Any, outbox: Any = None) -> Ack:
         self._go()
-        return self.store.heartbeat(source, outbox)
+        ack = self.store.heartbeat(source, outbox)
+        return replace(ack, metrics=None) if self.loses_metrics else ack
+
+    def progress(self, timeout: float = 0.0) -> Progress:
+        self.asked += 1
+        return self.store.progress(timeout)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
@@ -245,7 +252,32 @@ def test_a_delta_costs_one_call_and_its_answer_brings_the_metrics(
             until(lambda window=window: link.store.progress().published == window + 1)  # type: ignore[misc]
         assert link.calls == 3
         until(lambda: tracker.metrics(), "the answer to the second delta told of the first window")
+        assert link.asked == 0
         assert set(tracker.metrics()) == set(tracker.metrics(wait=True))
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rank_hears_the_metrics_of_each_window_and_asks_where_an_answer_was_lost(
+    savefile: str, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    monkeypatch.setattr("delve_ray.shipping.HEARTBEAT_S", 0.01)
+    model = nn.Linear(FEATURES, 3)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        until(lambda: tracker._shipper.last_ack is not None)  # it has heard that there are none
+        link = link_of(tracker)
+        link.loses_metrics = lost
+        before: dict[str, float] = {}
+        for window in range(3):
+            model((window + 1) * torch.randn(20, FEATURES))
+            tracker.add_saturations(step=window)
+            until(lambda window=window: link.store.progress().published == window + 1)  # type: ignore[misc]
+            published = dict(link.store.progress().metrics)
+            assert published != before
+            until(lambda published=published: tracker.metrics() == published)  # type: ignore[misc]
+            before = published
+        beats = link.calls
+        until(lambda: link.calls > beats + 3, "signs of life without news")
+        assert link.asked == (3 if lost else 0), "once for each window"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ class Member:
         left: whether it has completed, so that nothing waits for it.
         outbox: what waits at the source, by its own account.
         started: when its process was started, where this machine can see it.
+        told: how many windows were published when an answer to it last brought the metrics; -1 before the first.
     """
 
     source: Source
@@ -51,6 +52,7 @@ class Member:
     heard: float = field(default_factory=time.monotonic)
     outbox: dict[str, int] = field(default_factory=dict)
     started: str | None = None
+    told: int = -1
     # Held while a delta of this source is taken: repeated deliveries of one delta wait for the first.
     lock: threading.Lock = field(default_factory=threading.Lock)
 

@@ -93,9 +93,11 @@ class Combiner:
         self.most_bytes = most_bytes
         self.called = time.monotonic()
         """When a worker called last."""
+        self.counts = {"deltas": 0, "bundles": 0, "alone": 0, "saved_bytes": 0}
+        """What came in, and what went out: bundles, deltas by themselves, and the bytes that bundles have spared."""
         self._waiting: list[_Call] = []
+        self._on_the_way = 0
         self._missed: dict[tuple[str, int], int] = {}  # bundles that went without it, by rank
-        self._sending = False
         self._changed = threading.Condition()
 
     @property
@@ -107,8 +109,13 @@ class Combiner:
     @property
     def idle(self) -> bool:
         """Whether no call waits for its answer."""
+        return not self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for their answers."""
         with self._changed:
-            return not self._waiting and not self._sending
+            return len(self._waiting) + self._on_the_way
 
     def forget(self, source: Source) -> None:
         """A worker has left; nothing waits for it any more."""
@@ -125,6 +132,7 @@ class Combiner:
         call = _Call(delta, buffer, widths, time.monotonic())
         with self._changed:
             self.called = call.since
+            self.counts["deltas"] += 1
             self._missed[call.rank] = 0
             self._waiting.append(call)
             self._changed.notify_all()
@@ -132,7 +140,7 @@ class Combiner:
             with self._changed:
                 if call.answer is not None:
                     break
-                group = None if self._sending else self._ripe(time.monotonic())
+                group = None if self._on_the_way else self._ripe(time.monotonic())
                 if group is None:
                     self._changed.wait(self._pause(time.monotonic()))
                     continue
@@ -143,7 +151,7 @@ class Combiner:
                 with self._changed:
                     for other in group:
                         other.answer = other.answer or StoreError("the combiner was interrupted")
-                    self._sending = False
+                    self._on_the_way = 0
                     self._changed.notify_all()
         if isinstance(call.answer, Exception):
             raise call.answer
@@ -153,7 +161,7 @@ class Combiner:
 
     def _pause(self, now: float) -> float | None:
         """Seconds until something may be ripe by its age."""
-        if self._sending or not self._waiting:
+        if self._on_the_way or not self._waiting:
             return None
         return max(0.001, self._waiting[0].since + self.patience - now)
 
@@ -190,7 +198,7 @@ class Combiner:
             if self._missed[rank] >= MISSES:
                 del self._missed[rank]
         self._waiting = [call for call in self._waiting if call not in group]
-        self._sending = True
+        self._on_the_way = len(group)
 
     # --- on the way ------------------------------------------------------------------------------------------------
 
@@ -213,12 +221,20 @@ class Combiner:
         """
         try:
             deltas = [(call.delta, call.buffer, call.widths or []) for call in group]
-            return self.store.take_bundle(*combine(deltas, self.embed_rows, self.rule))
+            bundle, buffer = combine(deltas, self.embed_rows, self.rule)
+            acks = self.store.take_bundle(bundle, buffer)
+            if any(ack is not None and ack.merged for ack in acks):
+                with self._changed:
+                    self.counts["bundles"] += 1
+                    self.counts["saved_bytes"] += sum(call.buffer.nbytes for call in group) - buffer.nbytes
+            return acks
         except DeltaRefused as error:
             log.warning("a bundle of %d deltas was not taken (%s); they are sent one by one", len(group), error)
             return [None] * len(group)
 
     def _send_one(self, call: _Call) -> Ack | Exception:
+        with self._changed:
+            self.counts["alone"] += 1
         try:
             return self.store.take(call.delta, call.buffer)
         except (DeltaRefused, UnknownSource) as error:  # of this one alone
@@ -264,6 +280,13 @@ class CombinedStore:
         for store in (self.direct, self._link):
             if store is not None and hasattr(store, "following"):
                 store.following = following
+
+    def begin(self) -> None:
+        """Find the combiner before there is something to deliver: those who watch then see it from its beginning."""
+        try:
+            self._link = self._find()
+        except Exception as error:  # the first delta will look for it again
+            log.debug("the combiner: %s", error)
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         """Merge a delta once, with those of the node's other workers where they are there at the same time."""

@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from delve_ray.errors import DelveRayError, StoreError, StoreLost
 from delve_ray.moments import F64
 from delve_ray.store.combiner import CombinedStore, Combiner
+from delve_ray.store.monitoring import CombinerMonitor
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, Source, Store
 from delve_ray.store.remote import NAMESPACE, SOON_S, RemoteStore, connect
 from delve_ray.store.sharded import ShardedStore
@@ -46,6 +47,7 @@ class CombinerActor:
             self._store.know(layers, settings)
         self._combiner = Combiner(self._store, layers, settings.rows_to_embed, settings.sketching)
         self._over = threading.Event()
+        CombinerMonitor(run, self._combiner).start(self._over)
         threading.Thread(target=self._end_when_unused, name="delve_ray-reaper", daemon=True).start()
 
     def take(self, delta: Delta, buffer: F64) -> Ack | DelveRayError:
@@ -58,9 +60,9 @@ class CombinerActor:
             return error
 
     def forget(self, source: Source) -> None:
-        """A worker has left; the last one's leaving ends the actor."""
+        """A worker has left; the last one's leaving ends the actor, unless none of them has had anything yet."""
         self._combiner.forget(source)
-        if not self._combiner.ranks:
+        if self._combiner.counts["deltas"] and not self._combiner.ranks:
             self._over.set()
 
     def _end_when_unused(self) -> None:
@@ -133,4 +135,6 @@ def combined(store: Store, run: str, layers: Sequence[LayerInfo]) -> Store:
     front = store.front if isinstance(store, ShardedStore) else store
     if not isinstance(front, RemoteStore):
         return store
-    return CombinedStore(store, lambda: start_combiner(run, front.handle, layers))
+    through = CombinedStore(store, lambda: start_combiner(run, front.handle, layers))
+    through.begin()
+    return through

@@ -1,6 +1,6 @@
 """The covariance store: a plain thread-safe class, used in-process and behind the Ray actor.
 
-Deltas are merged under a lock per layer; the bookkeeping is under one lock, see `windows`.
+Deltas are merged under a lock per layer; the bookkeeping is under one lock, see `saved`.
 
 Memory, see `memory.store_bytes`: 4d² bytes per layer and phase of each open window, up to three times that while it is
 published live or saved and deltas go on arriving, and 4d² more for the last published window, which answers

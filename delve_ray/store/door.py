@@ -23,6 +23,9 @@ from delve_ray.writers.base import Scalar
 _INT32, _INT64 = 1 << 31, 1 << 63
 MAX_COUNT = 1 << 62
 """Observations of one layer in one window stay below this, so that their sum over two deltas is an int64."""
+MAX_ROWS = 1 << 48
+"""Observations of one layer that a delta may bring: days of them, at a billion a second. So no single delta takes a
+count beyond `MAX_COUNT`, which with shards one of them alone would see, when others have merged their part."""
 MAX_WEIGHT = 2.0**100
 """Weights stay below this and not under its inverse, so that neither their sums nor quotients leave float64."""
 MAX_SAMPLE = 1 << 24
@@ -53,26 +56,54 @@ def check_delta(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo], 
     observations), and last the checksum, which notices a changed bit that all of this lets pass. `rule` says which
     layers' scatters are sketches. Raises DeltaRefused.
     """
+    widths = check_form(delta, buffer, run, layers, rule)
+    check_content(delta, buffer, widths, layers, rule, *_scanned(buffer))
+    return widths
+
+
+def check_form(delta: Any, buffer: Any, run: str, layers: Sequence[LayerInfo], rule: SketchRule = WHOLE) -> list[int]:
+    """What of `check_delta` does not look at the buffer's values. Returns the width of each entry."""
     with _refusing():
-        return _check_delta(delta, buffer, run, layers, rule)
+        return _check_form(delta, buffer, run, layers, rule, MAX_ROWS)
 
 
-def _check_delta(delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo], rule: SketchRule) -> list[int]:
+def check_content(
+    delta: Delta,
+    buffer: F64,
+    widths: Sequence[int],
+    layers: Sequence[LayerInfo],
+    rule: SketchRule,
+    words: int,
+    finite: bool,
+) -> None:
+    """The rest of `check_delta`, where `check_form` has passed; `words` and `finite` are what `scan` says."""
+    with _refusing():
+        sizes = _sample_sizes(delta, widths)
+        without = any(n == 0 for _, _, n, _ in delta.entries)
+        if not finite or without or (buffer[_diagonals(tuple(widths), rule)] < 0).any():
+            _check_moments(delta, buffer, widths, layers, rule)
+        if sizes:
+            _check_samples(delta, buffer[buffer.size - sum(sizes) :], sizes, layers)
+        if delta.checksum != checksum(delta, words):
+            raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
+
+
+def _scanned(buffer: F64) -> tuple[int, bool]:
+    with _refusing():
+        return scan(buffer)
+
+
+def _check_form(
+    delta: Delta, buffer: F64, run: str, layers: Sequence[LayerInfo], rule: SketchRule, most: int
+) -> list[int]:
     _check_header(delta, run)
     _check_scalars(delta)
-    widths = _entry_widths(delta, layers)
+    widths = _entry_widths(delta, layers, most)
     sampled = _sample_sizes(delta, widths)
     expected = sum(map(rule.moments_size, widths)) + sum(sampled)
     if type(buffer) is not np.ndarray or buffer.dtype != np.float64 or buffer.shape != (expected,):
         found = f"{buffer.dtype} of shape {buffer.shape}" if type(buffer) is np.ndarray else type(buffer).__name__
         raise refusal(delta, f"its buffer is {found}, its entries need float64 of shape ({expected},)")
-    words, finite = scan(buffer)
-    if not finite or any(n == 0 for _, _, n, _ in delta.entries) or (buffer[_diagonals(tuple(widths), rule)] < 0).any():
-        _check_moments(delta, buffer, widths, layers, rule)
-    if sampled:
-        _check_samples(delta, buffer[expected - sum(sampled) :], sampled, layers)
-    if delta.checksum != checksum(delta, words):
-        raise refusal(delta, "its checksum is not that of its content, which was changed on the way")
     return widths
 
 
@@ -85,14 +116,23 @@ def check_bundle(
     total's attempt, token and window, and is of a source of its own; entries, counts, widths, weights and samples
     have to add up to the total's. The checksum is that of all headers. Raises DeltaRefused.
     """
+    widths = check_bundle_form(bundle, buffer, run, layers, rule)
+    check_content(bundle.total, buffer, widths, layers, rule, *_scanned(buffer))
+    return widths
+
+
+def check_bundle_form(
+    bundle: Any, buffer: Any, run: str, layers: Sequence[LayerInfo], rule: SketchRule = WHOLE
+) -> list[int]:
+    """What of `check_bundle` does not look at the buffer's values. Returns the width of each entry."""
     with _refusing():
         if type(bundle) is not Bundle or type(bundle.headers) is not tuple or not bundle.headers:
             raise DeltaRefused(f"{type(bundle).__name__} is no bundle of deltas, and is refused")
         for header in bundle.headers:
             _check_header(header, run)
             _check_scalars(header)
-            _sample_sizes(header, _entry_widths(header, layers))
-        widths = _check_delta(bundle.total, buffer, run, layers, rule)
+            _sample_sizes(header, _entry_widths(header, layers, MAX_ROWS))
+        widths = _check_form(bundle.total, buffer, run, layers, rule, MAX_COUNT)
         _check_sum(bundle.headers, bundle.total, layers)
         if not _is_integer(bundle.checksum, 1 << 32) or bundle.checksum != bundle.fingerprint():
             raise refusal(bundle.total, "the checksum of its bundle is not that of its headers, which were changed")
@@ -298,8 +338,11 @@ def _is_text(value: str) -> bool:
     return True
 
 
-def _entry_widths(delta: Delta, layers: Sequence[LayerInfo]) -> list[int]:
-    """The width of each entry; refuses entries and widths that contradict the layers or each other."""
+def _entry_widths(delta: Delta, layers: Sequence[LayerInfo], most: int) -> list[int]:
+    """The width of each entry; refuses entries and widths that contradict the layers or each other.
+
+    Counts stay below `most`.
+    """
     said: dict[int, int] = {}
     for layer, features in delta.widths:
         _check_layer(delta, layer, layers)
@@ -315,7 +358,7 @@ def _entry_widths(delta: Delta, layers: Sequence[LayerInfo]) -> list[int]:
         name = layers[layer].name
         if not 0 <= phase < len(PHASES):
             raise refusal(delta, f"phase index {phase} of layer {name}, but the phases are {PHASES}")
-        if not 0 <= n < MAX_COUNT or not 0 <= nonfinite < MAX_COUNT:
+        if not 0 <= n < most or not 0 <= nonfinite < most:
             raise refusal(delta, f"layer {name} counts {n} observations and {nonfinite} non-finite rows")
         if (layer, phase) in seen:
             raise refusal(delta, f"layer {name} stands twice in phase {PHASES[phase]}")

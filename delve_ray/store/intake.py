@@ -1,7 +1,7 @@
 """How a store takes deltas in: each once, whole or not at all, by itself or merged with others.
 
 Moments are merged under a lock per layer, deltas of one source one after the other; the bookkeeping is under the
-store's one lock, see `windows`.
+store's one lock, see `saved`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from delve_ray.moments import F64
 from delve_ray.store.attempt import AHEAD, Attempt, Member, check_late
 from delve_ray.store.door import check_bundle, check_delta, check_total, refusal, source_of
 from delve_ray.store.merging import merge_into
+from delve_ray.store.metrics import MOST_ALONG, Metrics
 from delve_ray.store.protocol import Ack, Bundle, Delta, Source
 from delve_ray.store.window import Entry, Window
 from delve_ray.store.windows import WindowStore
@@ -69,8 +70,20 @@ class IntakeStore(WindowStore):
             durable=durable,
             saved=saved,
             left=member.left,
+            metrics=self._news(attempt, member),
             **more,
         )
+
+    def _news(self, attempt: Attempt, member: Member) -> Metrics | None:
+        """The metrics, in the first answer to a member after a window was published.
+
+        A call of its own, of every rank for every window, would cost the store as much as the rank's delta does.
+        """
+        if member.told == attempt.published:
+            return None
+        member.told = attempt.published
+        metrics = self.running().metrics()
+        return metrics if len(metrics) <= MOST_ALONG else None
 
     # --- deltas ----------------------------------------------------------------------------------------------
 

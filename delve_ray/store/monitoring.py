@@ -1,4 +1,4 @@
-"""A store's state as Ray's own metrics, which Ray exports for Prometheus beside its own.
+"""The state of a store, or of a combiner, as Ray's own metrics, which Ray exports for Prometheus beside its own.
 
 Ray puts `ray_` before each name. The dashboard in `cluster/grafana.json` uses exactly these.
 """
@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from delve_ray.store.combiner import Combiner
 from delve_ray.store.core import CovarianceStore
 
 log = logging.getLogger(__name__)
@@ -29,17 +30,24 @@ SECONDS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """Name, kind ("counter", "gauge" or "histogram"), what it says, and its tags beside `COMMON_TAGS`."""
+    """Name, kind ("counter", "gauge" or "histogram"), what it says, and its tags beside the `common` ones.
+
+    `shard` is a shard's number, "front" for what has the files of a run with shards, "all" for a store without. Deltas,
+    also repeated and late ones, are counted by each shard and by the front.
+    """
 
     name: str
     kind: str
     description: str
     tags: tuple[str, ...] = ()
+    common: tuple[str, ...] = ("run", "shard")
+
+    @property
+    def all_tags(self) -> tuple[str, ...]:
+        """Every tag that each value has."""
+        return (*self.common, *self.tags)
 
 
-COMMON_TAGS = ("run", "shard")
-"""`shard` is a shard's number, "front" for what has the files of a run with shards, "all" for a store without. Deltas,
-also repeated and late ones, are counted by each shard and by the front."""
 WHOLE_RUN = ("all", "front")
 """The stores that know of every layer and every delta of a run."""
 METRICS = (
@@ -59,24 +67,35 @@ METRICS = (
     Metric("delve_ray_publish_seconds", "histogram", "Time to turn a window into rows"),
     Metric("delve_ray_write_seconds", "histogram", "Time to write a window or a list of scalars", ("writer",)),
 )
+COMBINER_METRICS = tuple(
+    Metric(f"delve_ray_combiner_{name}", kind, description, common=("run",))
+    for name, kind, description in (
+        ("deltas_total", "counter", "Deltas that a node's workers have brought to their combiner"),
+        ("bundles_total", "counter", "Bundles of several deltas that the store has taken from it"),
+        ("alone_total", "counter", "Deltas that it has offered to the store by themselves"),
+        ("saved_bytes_total", "counter", "Bytes by which bundles were smaller than their deltas"),
+        ("waiting", "gauge", "Deltas that wait in it for the store's answer"),
+    )
+)
+"""A combiner has its metrics from when it starts, with its node's first worker. Ray's own tags tell of which node they
+are."""
 _RANK_METRICS = tuple(metric.name for metric in METRICS if metric.tags == ("rank",))
 _COUNTS = ("deltas", "bytes", "refused", "repeated", "late")
 
 
-class Monitor:
-    """Keeps Ray's metrics up to date with a store, or with one of the stores of a run with shards.
+class Exporter:
+    """Keeps some of Ray's metrics up to date, on a thread of its own; `update` does so once.
 
     `make` makes the object of a metric, with Ray's methods inc, set and observe, and for a counter `begin`, which
-    exports it as zero; by default those of ray.util.metrics.
+    exports it as zero; by default those of ray.util.metrics. `common` are the tags that all of them have.
     """
 
     def __init__(
-        self, store: CovarianceStore, make: Callable[[Metric], Any] | None = None, *, shard: str = "all"
+        self, metrics: Sequence[Metric], common: Mapping[str, str], make: Callable[[Metric], Any] | None = None
     ) -> None:
-        self._store, self._shard = store, shard
-        self._metrics = {metric.name: (make or _of_ray)(metric) for metric in METRICS}
+        self._metrics = {metric.name: (make or _of_ray)(metric) for metric in metrics}
+        self._common = dict(common)
         self._told: dict[str, int] = {}
-        self._ranks: set[str] = set()
 
     def start(self, ended: threading.Event) -> None:
         """Update on a thread of its own until `ended` is set."""
@@ -87,12 +106,44 @@ class Monitor:
             try:
                 self.update()
             except Exception:  # who watches must not stop what is watched
-                log.exception("run %s: its metrics could not be updated", self._store.config.run)
+                log.exception("run %s: its metrics could not be updated", self._common["run"])
             if ended.wait(EVERY_S):
                 return
 
     def update(self) -> None:
         """Bring all metrics up to date."""
+        raise NotImplementedError
+
+    def _show(self, name: str, value: float, **tags: str) -> None:
+        self._metrics[name].set(float(value), self._tags(tags))
+
+    def _count(self, name: str, total: int, **tags: str) -> None:
+        """Raise a counter to a total."""
+        key = name + "".join(tags.values())
+        if key not in self._told:
+            self._metrics[name].begin(self._tags(tags))
+            self._told[key] = 0
+        if more := total - self._told[key]:
+            self._metrics[name].inc(float(more), self._tags(tags))
+            self._told[key] = total
+
+    def _tags(self, tags: Mapping[str, str]) -> dict[str, str]:
+        return {**self._common, **tags}
+
+
+class Monitor(Exporter):
+    """The metrics of a store, or of one of the stores of a run with shards."""
+
+    def __init__(
+        self, store: CovarianceStore, make: Callable[[Metric], Any] | None = None, *, shard: str = "all"
+    ) -> None:
+        super().__init__(METRICS, {"run": store.config.run, "shard": shard}, make)
+        self._store = store
+        self._shard = shard
+        self._ranks: set[str] = set()
+
+    def update(self) -> None:
+        """See `Exporter.update`."""
         for name in _COUNTS:
             self._count(f"delve_ray_{name}_total", self._store.counts[name])
         if not self._store.joined:
@@ -133,21 +184,19 @@ class Monitor:
             if stat == "saturation" and (layer in shown or layer == "mean"):
                 self._show("delve_ray_saturation", value, layer=layer, phase=phase)
 
-    def _show(self, name: str, value: float, **tags: str) -> None:
-        self._metrics[name].set(float(value), self._tags(tags))
 
-    def _count(self, name: str, total: int, **tags: str) -> None:
-        """Raise a counter to a total."""
-        key = name + "".join(tags.values())
-        if key not in self._told:
-            self._metrics[name].begin(self._tags(tags))
-            self._told[key] = 0
-        if more := total - self._told[key]:
-            self._metrics[name].inc(float(more), self._tags(tags))
-            self._told[key] = total
+class CombinerMonitor(Exporter):
+    """The metrics of a node's combiner."""
 
-    def _tags(self, tags: Mapping[str, str]) -> dict[str, str]:
-        return {"run": self._store.config.run, "shard": self._shard, **tags}
+    def __init__(self, run: str, combiner: Combiner, make: Callable[[Metric], Any] | None = None) -> None:
+        super().__init__(COMBINER_METRICS, {"run": run}, make)
+        self._combiner = combiner
+
+    def update(self) -> None:
+        """See `Exporter.update`."""
+        for name, total in self._combiner.counts.items():
+            self._count(f"delve_ray_combiner_{name}_total", total)
+        self._show("delve_ray_combiner_waiting", self._combiner.waiting)
 
 
 def _rank_values(rank: Mapping[str, Any]) -> dict[str, float]:
@@ -184,7 +233,5 @@ def _of_ray(metric: Metric) -> Any:
 
     kinds: dict[str, Any] = {"counter": metrics.Counter, "gauge": metrics.Gauge, "histogram": metrics.Histogram}
     more = {"boundaries": SECONDS} if metric.kind == "histogram" else {}
-    made = kinds[metric.kind](
-        metric.name, description=metric.description, tag_keys=(*COMMON_TAGS, *metric.tags), **more
-    )
+    made = kinds[metric.kind](metric.name, description=metric.description, tag_keys=metric.all_tags, **more)
     return _Counter(made) if metric.kind == "counter" else made

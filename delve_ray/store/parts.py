@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from delve_ray.errors import DelveRayError, StoreError
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
+from delve_ray.store.attempt import Attempt, Member
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import StoreConfig
 from delve_ray.store.window import Job
@@ -280,6 +281,9 @@ class ShardStore(CovarianceStore):
         """The first revision of a window: what was published before a restart may have had more, or less."""
         lives = 0 if self.saver is None else self.saver.incarnation
         return max(super().next_revision(attempt, ordinal), lives * REVISIONS_OF_A_LIFE)
+
+    def _news(self, attempt: Attempt, member: Member) -> None:
+        """Nothing: the front has the metrics of all layers."""
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from delve_ray.errors import OptionError
 from delve_ray.moments import F64
 from delve_ray.sketch import SketchRule, check_sketching, packed_size
 from delve_ray.stat_options import EMBED_STAT, check_threshold, check_thresholds, resolve_stats
+from delve_ray.store.metrics import Metrics
 from delve_ray.store.scanning import word_sum
 from delve_ray.writers import Writer
 from delve_ray.writers.base import Scalar
@@ -278,6 +279,8 @@ class Ack:
         left: the store has taken note that the source left.
         busy: not taken now; to be offered again later.
         late: left out, because nobody waits for its window any more.
+        metrics: the latest ones, in the first answer after a window was published, unless they are too many; a source
+            that has not got them by then, as that answer was lost, asks for them.
     """
 
     published: int
@@ -291,6 +294,7 @@ class Ack:
     left: bool = False
     busy: bool = False
     late: bool = False
+    metrics: Metrics | None = field(default=None, compare=False, repr=False)
 
 
 MOST_MISSING = 32
@@ -316,7 +320,7 @@ class Progress:
     published: int
     finished: bool
     missing: tuple[int, ...] = ()
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=Metrics)
     problems: tuple[str, ...] = ()
 
 

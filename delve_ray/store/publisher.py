@@ -21,6 +21,7 @@ from delve_ray.moments import F64
 from delve_ray.nystrom import head_bytes
 from delve_ray.schema import PHASES, LayerRow, PublishedWindow, window_metrics
 from delve_ray.store.crew import Crew
+from delve_ray.store.metrics import Metrics
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.publishing import WIDE, Compute, entry_row, joined, layer_row
 from delve_ray.store.timings import Timings
@@ -132,7 +133,7 @@ class Publisher:
         self._pending = 0
         self._ending = False
         self._latest: dict[tuple[int, int], Latest] = {}
-        self._metrics: dict[str, float] = {}
+        self._metrics = Metrics()
         self._problems: list[str] = []
         self._changed = threading.Condition()
         threading.Thread(target=self._run, name="delve_ray-publisher", daemon=True).start()
@@ -154,14 +155,14 @@ class Publisher:
     def restore_metrics(self, metrics: Mapping[str, float]) -> None:
         """Begin with the metrics of the store before this one."""
         with self._changed:
-            self._metrics = dict(metrics)
+            self._metrics = Metrics(metrics)
 
     # --- answers -------------------------------------------------------------------------------------------
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self) -> Metrics:
         """Metric keys and values of the last final window of each phase."""
         with self._changed:
-            return dict(self._metrics)
+            return self._metrics
 
     def latest(self, layer: int, phase: int) -> Latest | None:
         """The last published moments of a layer in a phase."""
@@ -290,7 +291,7 @@ class Publisher:
         phases = {row.phase for row in rows}
         with self._changed:
             kept = {key: value for key, value in self._metrics.items() if key.split("/", 2)[1] not in phases}
-            self._metrics = kept | metrics
+            self._metrics = Metrics(kept | metrics)
 
     def problem(self, what: str) -> None:
         """Note, and say, what could not be published."""

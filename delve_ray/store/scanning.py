@@ -4,6 +4,8 @@ be and without temporaries.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from delve_ray.moments import F64
@@ -36,6 +38,27 @@ def scan(buffer: F64) -> tuple[int, bool]:
             words += word_sum(piece)
             finite = finite and _finite(piece)
     return words % (1 << 64), finite
+
+
+def copy_scanned(buffer: F64, places: Sequence[slice]) -> tuple[F64, int, bool]:
+    """The values at these places, one after the other, and what `scan` says of them, read from memory once.
+
+    >>> copy_scanned(np.array([0.0, 1.0, 2.0, float("inf")]), [slice(2, 3), slice(0, 1)])
+    (array([2., 0.]), 4611686018427387904, True)
+    """
+    copied = np.empty(sum(place.stop - place.start for place in places))
+    words, finite, start, end = 0, True, 0, 0
+    with np.errstate(all="ignore"):
+        for place in places:
+            for first in range(place.start, place.stop, PIECE):
+                last = min(first + PIECE, place.stop)
+                copied[end : end + last - first] = buffer[first:last]
+                end += last - first
+                if end - start >= PIECE or end == copied.size:  # narrow layers are scanned together
+                    words += word_sum(copied[start:end])
+                    finite = finite and _finite(copied[start:end])
+                    start = end
+    return copied, words % (1 << 64), finite
 
 
 def _finite(piece: F64) -> bool:

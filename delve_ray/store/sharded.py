@@ -20,7 +20,7 @@ from delve_ray.moments import F64
 from delve_ray.reservoir import packed_size
 from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
-from delve_ray.store.door import check_bundle, check_delta
+from delve_ray.store.door import check_bundle_form, check_content, check_form
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PartWriter, ShardStore, shard_config
 from delve_ray.store.protocol import (
@@ -34,8 +34,10 @@ from delve_ray.store.protocol import (
     Store,
     StoreConfig,
     Welcome,
+    checksum,
 )
 from delve_ray.store.saving import Saver
+from delve_ray.store.scanning import copy_scanned
 from delve_ray.store.state import State
 
 T = TypeVar("T")
@@ -95,8 +97,8 @@ class ShardedStore:
         """Merge a delta once, each shard its part; what is wrong anywhere in it reaches none of them."""
         if not self._layers:
             raise UnknownSource(f"rank {delta.source.rank} has not registered yet, which says what the shards have")
-        check_delta(delta, buffer, self._run, self._layers, self._rule)
-        pieces = self._cut(delta, buffer)
+        widths = check_form(delta, buffer, self._run, self._layers, self._rule)
+        pieces = self._cut(delta, buffer, widths)
         acks = self._each(lambda index, shard: shard.take(*pieces[index]))
         if any(ack.busy for ack in acks):  # the front does not hear of what is not in all shards
             return _both(self.front.heartbeat(delta.source), acks)
@@ -108,8 +110,8 @@ class ShardedStore:
 
         Where any store does not have them all now, each of them is to be offered by itself, to all stores again.
         """
-        check_bundle(bundle, buffer, self._run, self._layers, self._rule)
-        pieces = self._cut(bundle.total, buffer)
+        widths = check_bundle_form(bundle, buffer, self._run, self._layers, self._rule)
+        pieces = self._cut(bundle.total, buffer, widths)
         parts = [
             Bundle(tuple(self._share(header, shard) for header in bundle.headers), piece).sealed(part)
             for shard, (piece, part) in enumerate(pieces)
@@ -135,22 +137,30 @@ class ShardedStore:
             scalars=(),
         )
 
-    def _cut(self, delta: Delta, buffer: F64) -> list[tuple[Delta, F64]]:
-        """What each shard gets of a delta."""
-        said = dict(delta.widths)
-        features = [self._layers[layer].features or said[layer] for layer, *_ in delta.entries]
-        width_of = {entry[:2]: width for entry, width in zip(delta.entries, features, strict=True)}
-        moments = _slices([self._rule.moments_size(width) for width in features], 0)
+    def _cut(self, delta: Delta, buffer: F64, widths: Sequence[int]) -> list[tuple[Delta, F64]]:
+        """What each shard gets of a delta. Raises DeltaRefused for one whose content is wrong anywhere.
+
+        Each value is read once, to be copied, checked and summed up: every one is in one piece, so that the sums of
+        the pieces add up to that of the whole.
+        """
+        width_of = {entry[:2]: width for entry, width in zip(delta.entries, widths, strict=True)}
+        moments = _slices([self._rule.moments_size(width) for width in widths], 0)
         sizes = [packed_size(rows, width_of[layer, phase]) for layer, phase, rows, _ in delta.samples]
         samples = _slices(sizes, moments[-1].stop if moments else 0)
-        pieces = []
+        copies = []
         for shard in range(len(self.shards)):
             own = [index for index, entry in enumerate(delta.entries) if self._assigned[entry[0]] == shard]
             sampled = [index for index, sample in enumerate(delta.samples) if self._assigned[sample[0]] == shard]
             places = [*(moments[index] for index in own), *(samples[index] for index in sampled)]
-            part = np.concatenate([np.empty(0), *(buffer[place] for place in places)])
-            pieces.append((self._share(delta, shard).sealed(part), part))
-        return pieces
+            copies.append(copy_scanned(buffer, places))
+        words = sum(words for _, words, _ in copies) % (1 << 64)
+        finite = all(finite for *_, finite in copies)
+        check_content(delta, buffer, widths, self._layers, self._rule, words, finite)
+        shares = [self._share(delta, shard) for shard in range(len(self.shards))]
+        return [
+            (replace(share, checksum=checksum(share, words)), part)
+            for share, (part, words, _) in zip(shares, copies, strict=True)
+        ]
 
     def heartbeat(self, source: Source, outbox: Mapping[str, int] | None = None) -> Ack:
         """Say that the source is alive."""

@@ -38,7 +38,7 @@ class State:
     attempts: list[Attempt]
     ending: str | None
     scalars: dict[tuple[str, int], tuple[Scalar, ...]]
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def unfinished(self) -> bool:

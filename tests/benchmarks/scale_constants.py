@@ -9,7 +9,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,12 @@ process, and of the caller's. A row: all statistics of a layer, one decompositio
 of its window's 54.
 """
 DECOMPOSED = (64, 256, 512, 1024, 2048, 4096)
-_CALLS = 400
+_CALLS, _WINDOWS = 400, 8
+_ASKED = (
+    "progress with the metrics of 54 layers, through Ray",
+    "heartbeat that brings the metrics of 54 layers, through Ray",
+    "heartbeat, through Ray",
+)
 
 
 def cpu_seconds(call: Callable[[], object], repeats: int) -> float:
@@ -137,38 +142,49 @@ class _Caller:
         """This process."""
         return os.getpid()
 
-    def call(self, method: str, arguments: tuple[Any, ...]) -> None:
-        """Call it often, each call after the one before."""
+    def call(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> int:
+        """Call it with each of these, each call after the one before; how many of the answers bring metrics."""
         handle = actor.find(RUN)
-        for _ in range(_CALLS):
-            ray.get(getattr(handle, method).remote(*arguments))
+        answers = [ray.get(getattr(handle, method).remote(*each)) for each in arguments]
+        return sum(answer.metrics is not None for answer in answers)
 
 
 def ray_constants() -> list[tuple[str, str]]:
-    """Calls through Ray."""
-    found = []
+    """Calls through Ray: of every rank of a run, after each of its windows."""
+    spent: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in _ASKED}
+    sources = [source_of(rank) for rank in range(_CALLS)]
+    beats = [(source, {"deltas": 0}) for source in sources]
     with scale_ray(), tempfile.TemporaryDirectory() as folder:
-        config = config_of(folder, 1, 1)
+        config = config_of(folder, _CALLS, 1)
         deltas = Deltas(SHAPES["resnet50"].scaled(1 / 16), 1)
         store = actor.connect(actor.start(config))
-        store.register(source_of(0), config, deltas.layers)
-        store.take(deltas.pieces[0].header(source_of(0), 0), deltas.pieces[0].buffer)
-        while store.progress().published < 1:
-            time.sleep(0.05)
+        for source in sources:
+            store.register(source, config, deltas.layers)
         caller = ray.remote(num_cpus=0)(_Caller).remote()
         pids = [store.status()["pid"], ray.get(caller.pid.remote())]
-        for method, arguments in (("heartbeat", (source_of(0), {"deltas": 0})), ("progress", ())):
-            before = [_seconds(pid) for pid in pids]
-            ray.get(caller.call.remote(method, arguments))
-            spent = [(_seconds(pid) - start) / _CALLS for pid, start in zip(pids, before, strict=True)]
-            what = "with the metrics of 54 layers" if method == "progress" else ""
-            cost = f"store {1e3 * spent[0]:.2f} ms, caller {1e3 * spent[1]:.2f} ms"
-            found.append((f"{method} {what}, through Ray".replace(" ,", ","), cost))
-        store.leave(source_of(0), completed=True, sent=1, timeout=60.0)
+        for window in range(_WINDOWS):
+            for source in sources:
+                store.take(deltas.pieces[0].header(source, window), deltas.pieces[0].buffer)
+            while store.progress().published <= window:
+                time.sleep(0.05)
+            store.flush(60.0)  # what is still written is no part of what is measured
+            asked = (("progress", [()] * _CALLS, _CALLS), ("heartbeat", beats, _CALLS), ("heartbeat", beats, 0))
+            for name, (method, arguments, told) in zip(_ASKED, asked, strict=True):
+                before = [_seconds(pid) for pid in pids]
+                if ray.get(caller.call.remote(method, arguments)) != told:
+                    raise RuntimeError(f"{name}: not so many answers brought metrics")
+                for side, pid, start in zip(spent[name], pids, before, strict=True):
+                    side.append((_seconds(pid) - start) / _CALLS)
+        nbytes = len(store.progress().metrics.packed)
+        for source in sources:
+            store.leave(source, completed=True, sent=_WINDOWS, timeout=60.0)
         store.wait_finished(60.0)
         ray.kill(caller)
-        store.end(source_of(0))
-    return found
+        for source in sources:
+            store.end(source)
+    each = {name: [1e3 * statistics.median(side) for side in sides] for name, sides in spent.items()}
+    costs = [(name, f"store {own:.2f} ms, caller {others:.2f} ms") for name, (own, others) in each.items()]
+    return [*costs, ("the metrics of 54 layers, as they travel", f"{1e-3 * nbytes:.1f} KB")]
 
 
 def _seconds(pid: int) -> float:

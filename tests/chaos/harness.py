@@ -25,6 +25,7 @@ from delve_ray.store.protocol import Delta, LayerInfo, Source, StoreConfig
 from delve_ray.store.saving import FOLDER, Saver
 from delve_ray.writers.parquet import ParquetWriter
 from tests.helpers import TOLERANCE, covariance_error, two_pass_covariance
+from tests.leftovers import kill
 
 RUN = "r"
 LAYERS = [LayerInfo("conv", "Conv2d", 3), LayerInfo("fc", "Linear", 5), LayerInfo("lazy", "Linear", None)]
@@ -266,20 +267,7 @@ class Life:
     def kill(self) -> None:
         """From now on nothing of it is seen, as after SIGKILL; its threads end by themselves."""
         self.storage.kill()
-        saver, running = self.store.saver, self.store.publisher
-        assert saver is not None
-        self.store.ended = lambda: None  # type: ignore[method-assign]
-        with saver._changed:
-            saver._stopping = True
-            saver._changed.notify_all()
-        if running is not None:
-            for writer in running.writers:
-                if isinstance(writer.writer, parts.PartWriter):
-                    writer.writer.stop_waiting()
-                with writer._changed:
-                    writer._ending = writer._stopping = True
-                    writer._changed.notify_all()
-            running.submit([], end=True)
+        kill(self.store)
 
 
 def make_store(config: StoreConfig, storage: Storage, saver: Saver) -> CovarianceStore:

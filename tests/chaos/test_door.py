@@ -20,7 +20,7 @@ from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
 from delve_ray.store.attempt import AHEAD
 from delve_ray.store.core import CovarianceStore
-from delve_ray.store.door import MAX_COUNT, MAX_NAME
+from delve_ray.store.door import MAX_COUNT, MAX_NAME, MAX_ROWS
 from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Source, moments_size
 from delve_ray.store.sharded import LocalShards
 from delve_ray.writers.base import Scalar
@@ -175,7 +175,7 @@ def wrong_entries(rng: random.Random) -> Made:
     """Entries that cannot be, a sum with what is there that a file cannot hold, and widths that cannot be."""
     layer, phase, n, nonfinite = GOOD.entries[0]
     size = moments_size(3)
-    count = rng.choice((-1, -n, -(2**63), MAX_COUNT, 2**63, 2**64, HUGE, -HUGE))
+    count = rng.choice((-1, -n, -(2**63), MAX_ROWS, MAX_COUNT, 2**63, 2**64, HUGE, -HUGE))
     index = rng.choice((-1, 3, 2**31, 2**63, HUGE, -HUGE))
     width = rng.choice((0, -1, -HUGE, 3, 5, 2**20, 2**31, 2**63, HUGE))
     entry = rng.choice(
@@ -322,25 +322,28 @@ def test_a_hundred_thousand_malformed_deltas_change_nothing() -> None:
     assert not wrong, wrong
 
 
-def overflows(delta: Any) -> bool:
-    """Whether it is wrong by what its layer has counted before alone: that its own shard knows, and no other."""
-    try:
-        return any(2 * entry[2] > MAX_COUNT or 2 * entry[3] > MAX_COUNT for entry in delta.entries)
-    except Exception:
-        return False
-
-
 @pytest.mark.parametrize("num_shards", [1, 2])
 @pytest.mark.parametrize("make", MALFORMED)
 def test_a_malformed_delta_is_refused(make: Callable[[random.Random], Made], num_shards: int) -> None:
     rng, running, wrong = random.Random(make.__name__), Running(num_shards), Counter[str]()
     for _ in range(400):
         delta, buffer, expected = make(rng)
-        if num_shards > 1 and overflows(delta):
-            continue
         became = outcome(running.store.take, delta, buffer)
         wrong[f"{became} instead of {expected}"] += became != expected
     assert not +wrong, +wrong
+    assert running.state() == running.before
+    running.check_exact()
+
+
+def test_a_count_that_is_too_much_with_those_before_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 16,384 of the largest deltas, but for this test, which lets one bring as much."""
+    assert MAX_ROWS * 2**14 == MAX_COUNT
+    monkeypatch.setattr("delve_ray.store.door.MAX_ROWS", MAX_COUNT)
+    running = Running()
+    layer, phase, _, nonfinite = GOOD.entries[0]
+    entry = (layer, phase, MAX_COUNT - 1, nonfinite)
+    with pytest.raises(DeltaRefused, match="layer conv would count 46116860184273879"):
+        running.store.take(*changed(entries=(entry, *GOOD.entries[1:]))[:2])
     assert running.state() == running.before
     running.check_exact()
 

@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import ray._private.ray_constants as ray_constants
 
-from delve_ray.store.monitoring import COMMON_TAGS, METRICS
+from delve_ray.store.monitoring import COMBINER_METRICS, METRICS
 from tests.cluster.files import CLUSTER, documents, read, tool
 
 DASHBOARD: dict[str, Any] = json.loads(read("grafana.json"))
 PANELS = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
 EXPRESSIONS = [target["expr"] for panel in PANELS for target in panel["targets"]]
-EXPORTED = {f"ray_{metric.name}{'_bucket' if metric.kind == 'histogram' else ''}": metric for metric in METRICS}
+EXPORTED = {
+    f"ray_{metric.name}{'_bucket' if metric.kind == 'histogram' else ''}": metric
+    for metric in (*METRICS, *COMBINER_METRICS)
+}
 """What the dashboard may ask for, as Ray exports it."""
 COLUMNS = 24
 
@@ -90,7 +93,7 @@ def test_expressions_ask_for_what_is_exported_with_tags_that_it_has() -> None:
         assert len(asked) == len(re.findall(r"\bray_\w+", expression)), "a metric without a choice of runs"
         for name, labels in asked:
             assert name in EXPORTED, name
-            tags = {*COMMON_TAGS, *EXPORTED[name].tags}
+            tags = set(EXPORTED[name].all_tags)
             assert set(labels) <= tags, expression
             assert labels["run"] == '"$run"'
             grouped = re.findall(r"\bby \(([^)]*)\)", expression)

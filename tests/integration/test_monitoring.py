@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from delve_ray.store.monitoring import METRICS
+from delve_ray.store.monitoring import COMBINER_METRICS, METRICS
 from tests.chaos.processes import family, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
@@ -70,8 +70,55 @@ def watch(savefile: str, port: int) -> None:
         metrics = tracker.metrics(wait=True)
         wait_until(lambda: complete(scraped(port)), "everything that has happened")
         check(scraped(port), metrics)
+    watch_combiner(f"{savefile}-combined", port)
     ray.shutdown()
     print("everything was there")
+
+
+def watch_combiner(savefile: str, port: int) -> None:
+    """Two workers of this node, whose deltas meet in its combiner."""
+    import ray
+    import torch
+
+    import delve_ray
+
+    models = [torch.nn.Linear(6, 4) for _ in range(2)]
+    shared = {"run": "combined", "world_size": 2, "publish_every": 0, "combine": True}
+    trackers = [delve_ray.SaturationTracker(savefile, "parquet", m, rank=r, **shared) for r, m in enumerate(models)]
+    names = [metric.name for metric in COMBINER_METRICS]
+
+    def told() -> dict[str, float]:
+        found = scraped(port)
+        return {name: found[name][("run", "combined"),] for name in names if name in found}
+
+    begun = wait_until(lambda: (found := told()).keys() == set(names) and found, "the combiner, with nothing to do")
+    assert begun == dict.fromkeys(names, 0.0), begun
+    sent = 0
+    while not ray.get(trackers[0].store.status.remote())[
+        "bundles"
+    ]:  # who comes more than 0.2 s after the other goes alone
+        for model, tracker in zip(models, trackers, strict=True):
+            model(torch.randn(ROWS, 6))
+            tracker.add_saturations(sent)
+        trackers[0].metrics(wait=True)
+        sent += 1
+        assert sent < 50, told()
+    for tracker in trackers:
+        tracker.flush()  # nothing is on its way
+    found = wait_until(
+        lambda: (
+            (now := told())["delve_ray_combiner_deltas_total"] == 2 * sent
+            and now["delve_ray_combiner_waiting"] == 0
+            and now
+        ),
+        "all deltas",
+    )
+    bundles = found["delve_ray_combiner_bundles_total"]
+    assert bundles >= 1
+    assert found["delve_ray_combiner_alone_total"] == 2 * (sent - bundles)
+    assert found["delve_ray_combiner_saved_bytes_total"] == bundles * 8 * (4 + 4 * 5 // 2)
+    for tracker in reversed(trackers):
+        tracker.close()
 
 
 def complete(found: dict[str, Any]) -> bool:

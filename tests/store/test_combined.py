@@ -584,6 +584,28 @@ def test_without_a_combiner_deltas_go_straight_to_the_store_and_it_is_tried_agai
     assert tried.count("call") == 2
 
 
+def test_a_combiner_is_there_before_the_first_delta() -> None:
+    store, workers, _ = node_store(world_size=1)
+    found: list[Any] = [OSError("no node yet"), Through(Combiner(store, LAYERS, 0))]
+
+    def find() -> Any:
+        link = found.pop(0)
+        if isinstance(link, Exception):
+            raise link
+        return link
+
+    combined = CombinedStore(store, find)
+    combined.begin()  # whoever is in trouble now is looked for again
+    assert len(found) == 1
+    combined.begin()
+    assert not found
+    combined.following = after = lambda seq: None
+    link = combined._link
+    assert combined.take(*offers_of(workers, 0, False)[0]).merged
+    assert combined._link is link
+    assert link.following is after
+
+
 def test_a_store_that_is_lost_may_be_an_older_one_of_the_run() -> None:
     store, workers, _ = node_store(world_size=1)
 
@@ -640,6 +662,8 @@ def test_a_store_that_fails_in_the_middle_is_not_offered_the_same_again() -> Non
 
 class Through:
     """A link without faults."""
+
+    following: Any = None
 
     def __init__(self, combiner: Combiner) -> None:
         self.combiner = combiner

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +12,15 @@ import numpy as np
 import pytest
 
 from delve_ray.errors import DeltaRefused
+from delve_ray.moments import F64
 from delve_ray.store import monitoring
+from delve_ray.store.combiner import Combiner
 from delve_ray.store.core import CovarianceStore
-from delve_ray.store.monitoring import MAX_LAYERS, METRICS, Metric, Monitor
-from delve_ray.store.protocol import LayerInfo
+from delve_ray.store.monitoring import COMBINER_METRICS, MAX_LAYERS, METRICS, CombinerMonitor, Metric, Monitor
+from delve_ray.store.protocol import Bundle, LayerInfo
 from delve_ray.store.sharded import LocalShards
 from delve_ray.store.timings import MOST, Timings
-from tests.stores import Keeper, Worker, config, published, rows, source, written
+from tests.stores import LAYERS, Keeper, Worker, config, published, rows, source, written
 
 
 class Recorded:
@@ -27,7 +31,7 @@ class Recorded:
         self.values: dict[tuple[str, ...], Any] = defaultdict(float)
 
     def _key(self, tags: dict[str, str]) -> tuple[str, ...]:
-        assert set(tags) == {"run", "shard", *self.metric.tags}
+        assert set(tags) == set(self.metric.all_tags)
         assert all(type(value) is str for value in tags.values())
         return tuple(tags[name] for name in self.metric.tags)
 
@@ -176,6 +180,55 @@ def test_the_ranks_that_are_shown_are_bounded_and_those_of_before_are_at_rest(mo
     store.finish("test")
 
 
+def test_a_combiner_tells_what_it_merges() -> None:
+    """Three workers, each alone at first; then all at the same time; then one that is refused."""
+    gate, entered = threading.Event(), threading.Event()
+
+    class Gated(CovarianceStore):
+        def take_bundle(self, bundle: Bundle, buffer: F64) -> Any:
+            entered.set()
+            assert gate.wait(30)
+            return super().take_bundle(bundle, buffer)
+
+    options = config(world_size=3)
+    store = Gated(options, writers=[])
+    workers = [Worker(store, rank) for rank in range(3)]
+    combiner = Combiner(store, LAYERS, 0, patience=0.0)
+    made: dict[str, Recorded] = {}
+    monitor = CombinerMonitor("r", combiner, lambda metric: made.setdefault(metric.name, Recorded(metric)))
+
+    def told() -> dict[str, float]:
+        monitor.update()
+        assert all(list(metric.values) == [()] for metric in made.values()), "no tag but the run's"
+        return {name.removeprefix("delve_ray_combiner_"): metric.values[()] for name, metric in made.items()}
+
+    nothing = {"deltas_total": 0.0, "bundles_total": 0.0, "alone_total": 0.0, "saved_bytes_total": 0.0, "waiting": 0.0}
+    assert told() == nothing
+    assert set(made) == {metric.name for metric in COMBINER_METRICS}
+    for worker in workers:
+        combiner.take(*worker.next({(1, 0): rows(20, 5)}))
+    assert told() == nothing | {"deltas_total": 3.0, "alone_total": 3.0}
+    combiner.patience = 60.0  # all are known now
+    offers = [worker.next({(0, 0): rows(9, 3), (1, 0): rows(20, 5)}, closes=True) for worker in workers]
+    with ThreadPoolExecutor(3) as pool:
+        calls = [pool.submit(combiner.take, *offer) for offer in offers]
+        assert entered.wait(30)
+        assert told() == nothing | {"deltas_total": 6.0, "alone_total": 3.0, "waiting": 3.0}
+        gate.set()
+        assert all(call.result().merged for call in calls)
+    saved = 2.0 * 8 * (3 + 6 + 5 + 15)  # of three equal buffers one went on
+    spared = {"bundles_total": 1.0, "saved_bytes_total": saved}
+    assert told() == nothing | spared | {"deltas_total": 6.0, "alone_total": 3.0}
+    delta, buffer = workers[0].next({(1, 0): rows(20, 5)}, step=1)
+    with pytest.raises(DeltaRefused):
+        combiner.take(replace(delta, checksum=1), buffer)
+    with ThreadPoolExecutor(3) as pool:  # again, as if the answers had been lost: nothing is saved by what is not taken
+        again = [pool.submit(combiner.take, *offer) for offer in offers]
+        assert not any(call.result().merged for call in again)
+    assert told() == nothing | spared | {"deltas_total": 10.0, "alone_total": 4.0}
+    store.finish("test")
+
+
 class OfRay:
     """A counter of Ray's, with or without what `inc` calls."""
 
@@ -194,8 +247,6 @@ def test_a_counter_begins_without_what_is_behind_rays() -> None:
 
 
 def test_a_metric_that_fails_does_not_stop_the_watching(monkeypatch: pytest.MonkeyPatch) -> None:
-    import threading
-
     monkeypatch.setattr(monitoring, "EVERY_S", 0.01)
     calls = threading.Semaphore(0)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from delve_ray.store.scanning import PIECE, RUN, scan, word_sum
+from delve_ray.store.scanning import PIECE, RUN, copy_scanned, scan, word_sum
 
 SIZES = [0, 1, 7, RUN - 1, RUN, RUN + 1, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 3 * RUN + 5]
 
@@ -44,3 +48,21 @@ def test_numbers_whose_squares_leave_float64_are_finite() -> None:
     assert scan(np.full(3 * PIECE + 1, 1.7e308))[1]
     assert scan(np.full(3 * PIECE + 1, 5e-324))[1]
     assert scan(np.array([1e200, -1e200]))[1]
+
+
+@given(st.lists(st.sampled_from([0, 1, 5, RUN, PIECE - 1, PIECE, PIECE + 1, 2 * PIECE + 9]), max_size=6), st.data())
+def test_what_is_cut_is_scanned_on_the_way(sizes: list[int], data: st.DataObject) -> None:
+    ends = np.cumsum([0, *sizes])
+    values = numbers(int(ends[-1]))
+    slices = [slice(int(first), int(last)) for first, last in pairwise(ends)]
+    places = data.draw(st.permutations(slices))[: data.draw(st.integers(0, len(slices)))]
+    expected = np.concatenate([np.empty(0), *(values[place] for place in places)])
+    copied, words, finite = copy_scanned(values, places)
+    assert copied.tobytes() == expected.tobytes()
+    assert (words, finite) == scan(expected)
+    assert copied.base is None, "it is no view of what it was cut from"
+    if expected.size:
+        whose = next(place for place in places if place.stop > place.start)
+        bad = data.draw(st.integers(whose.start, whose.stop - 1))
+        values[bad] = data.draw(st.sampled_from([np.nan, np.inf, -np.inf]))
+        assert not copy_scanned(values, places)[2]

@@ -26,13 +26,14 @@ from delve_ray.storage import Storage
 from delve_ray.store import parts as parts_module
 from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
+from delve_ray.store.door import MAX_COUNT
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, shard_config
 from delve_ray.store.protocol import LayerInfo, StoreConfig, moments_size
 from delve_ray.store.publishing import layer_row
 from delve_ray.store.run_file import read_run
 from tests.chaos.processes import times
-from tests.store.six_layers import LAYERS, Sender, check, local_shards, mortal, some_rows, with_widths
+from tests.store.six_layers import FEATURES, LAYERS, Sender, check, local_shards, mortal, some_rows, with_widths
 from tests.store.six_layers import layers as layers  # the fixture
 from tests.stores import Keeper, Worker, config, source, until
 
@@ -134,7 +135,8 @@ def test_a_new_attempt_replaces_what_it_replays(tmp_path: Path) -> None:
         sharded.take(*with_widths(first, sent[step][0], step, True))
     sharded.take(*with_widths(first, some_rows(rng), 3, False))
     torn = with_widths(first, some_rows(rng, 1.0), 3, True)
-    sharded.shards[0].take(*sharded._cut(*torn)[0])  # and then it died
+    widths = [FEATURES[layer] for layer, *_ in torn[0].entries]
+    sharded.shards[0].take(*sharded._cut(*torn, widths)[0])  # and then it died
     again = Worker(sharded, 0, sharded.config, token="b")
     assert (again.attempt, again.window) == (1, 0)
     for step in (2, 3):
@@ -319,6 +321,29 @@ def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:
     worker.leave()
     assert sharded.wait_finished(60)
     check(str(tmp_path), {0: [rows]}, workers=1)
+
+
+def test_a_count_that_one_shard_alone_can_refuse_shows_in_the_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes 16,384 of the largest deltas, but for this test, which lets one bring as much."""
+    monkeypatch.setattr("delve_ray.store.door.MAX_ROWS", MAX_COUNT)
+    sharded = local_shards(tmp_path, 2)
+    rng = np.random.default_rng(1)
+    workers = [Worker(sharded, rank, sharded.config) for rank in range(2)]
+    for worker in workers:
+        assert sharded.take(*with_widths(worker, some_rows(rng, 1.0), 0, worker is workers[0])).merged
+    delta, buffer = with_widths(workers[1], some_rows(rng, 1.0), 0, True)
+    (layer, phase, _, nonfinite), *others = delta.entries
+    delta = replace(delta, entries=((layer, phase, MAX_COUNT - 1, nonfinite), *others), weights=())
+    with pytest.raises(DeltaRefused, match="would count"):
+        sharded.take(delta.sealed(buffer), buffer)
+    workers[0].leave()
+    sharded.finish("its sender has ended")
+    assert sharded.wait_finished(60)
+    found = read_spectra(tmp_path).to_pylist()
+    assert len(found) == 2 * len(LAYERS)
+    assert {(row["step"], row["workers"]) for row in found} == {(0, 1)}
 
 
 def test_a_shard_is_configured_like_the_run_but_for_its_files() -> None:
