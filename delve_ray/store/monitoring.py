@@ -6,6 +6,7 @@ Ray puts `ray_` before each name. The dashboard in `cluster/grafana.json` uses e
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,6 +76,7 @@ class Monitor:
         self._metrics = {metric.name: (make or _of_ray)(metric) for metric in METRICS}
         self._told: dict[str, int] = {}
         self._ranks: set[str] = set()
+        self._saturations: set[tuple[str, str]] = set()
 
     def start(self, ended: threading.Event) -> None:
         """Update on a thread of its own until `ended` is set."""
@@ -125,10 +127,15 @@ class Monitor:
     def _show_saturations(self, metrics: Mapping[str, float]) -> None:
         layers = [info.name for info in self._store.layers]
         shown = {layers[index * len(layers) // MAX_LAYERS] for index in range(MAX_LAYERS)} if layers else set()
+        told = set()
         for key, value in metrics.items():
             stat, phase, layer = key.split("/", 2)
             if stat == "saturation" and (layer in shown or layer == "mean"):
+                told.add((layer, phase))
                 self._show("delve_ray_saturation", value, layer=layer, phase=phase)
+        for layer, phase in self._saturations - told:  # which a sketch has left open: Ray would keep their last values
+            self._show("delve_ray_saturation", math.nan, layer=layer, phase=phase)
+        self._saturations |= told
 
     def _show(self, name: str, value: float, **tags: str) -> None:
         self._metrics[name].set(float(value), self._tags(tags))
