@@ -36,7 +36,7 @@ def fit_memory(
     wide = [layer for layer in layers if layer.features is not None and layer.features > max_features]
     tracked = [layer for layer in layers if sketch_size or layer not in wide]
     for layer in wide:
-        say = log.info if sketch_size else log.warning
+        say = log.info if rule.columns(layer.features or 0) else log.warning  # which is not what was asked for
         say("layer %s %s", layer.name, too_wide(layer.features or 0, rule))
     if not tracked:
         raise OptionError(f"max_features={max_features} leaves no layer out of {[layer.features for layer in layers]}")

@@ -340,7 +340,8 @@ class Recorder:
         if width > self.options.max_features:
             if not rule.size:
                 raise Unrecordable(f"it {too_wide(width, rule)}")
-            log.info("layer %s %s", self.layers[index].name, too_wide(width, rule))
+            say = log.info if rule.columns(width) else log.warning
+            say("layer %s %s", self.layers[index].name, too_wide(width, rule))
         needed = worker_bytes([*self.widths, width], self.options.embed_rows, rule)
         if needed > self.options.max_memory:
             raise Unrecordable(

@@ -84,7 +84,7 @@ def usable_sketch_size(sketch_size: int) -> int:
     size = check_integer("sketch_size", sketch_size, at_least=0)
     usable = -(-size // SIGNS) * SIGNS
     if usable != size:
-        log.info("sketch_size=%d is rounded up to %d, a multiple of %d", size, usable, SIGNS)
+        log.warning("sketch_size=%d is rounded up to %d, a multiple of %d", size, usable, SIGNS)
     return usable
 
 

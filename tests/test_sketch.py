@@ -109,8 +109,7 @@ def test_a_rule_sketches_what_is_wider_and_where_that_is_shorter() -> None:
 
 
 def test_sizes_of_sketches_are_multiples_of_eight(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level("INFO"):
-        assert usable_sketch_size(1001) == 1008
+    assert usable_sketch_size(1001) == 1008
     assert "sketch_size=1001 is rounded up to 1008" in caplog.text
     for wrong in (-8, 1.5, "16", None):
         with pytest.raises(OptionError, match="sketch_size="):

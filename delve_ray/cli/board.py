@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from delve_ray.analysis.table import printable
-from delve_ray.cli.status import mib
+from delve_ray.cli.status import mib, problems, total
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -49,12 +49,12 @@ def state_line(state: Mapping[str, Any]) -> str:
     outboxes = [rank.get("outbox") or {} for rank in ranks.values()]
     waiting = [sum(box.get(key, 0) for box in outboxes) for key in ("memory_bytes", "disk_bytes")]
     parts.append(f"outboxes {mib(waiting[0])} in memory, {mib(waiting[1])} on disk")
-    parts.append(f"store {mib(_bytes(state))}")
+    parts.append(f"store {mib(total(state, 'bytes'))}")
     for writer in state.get("writers", []):
         error = f" ({_clean(writer['last_error'])})" if writer.get("last_error") else ""
         behind = f"is {writer.get('queued', 0)} behind, gave up {_given_up(writer)}"
         parts.append(f"{printable(str(writer.get('name')))} {behind}{error}")
-    parts += [f"problem: {_clean(problem)}" for problem in _problems(state)]
+    parts += [f"problem: {_clean(problem)}" for problem in problems(state)]
     return "; ".join(parts)
 
 
@@ -68,7 +68,7 @@ def _head(state: Mapping[str, Any]) -> list[str]:
     ranks = state.get("ranks", {})
     left = sum(bool(rank.get("left")) for rank in ranks.values())
     counts = f"{state.get('published', 0)} published, {len(state.get('open_windows', []))} open"
-    arrived = f"{state.get('deltas', 0)} deltas merged, {mib(state.get('bytes_in', 0))}"
+    arrived = f"{state.get('deltas', 0)} deltas merged, {mib(total(state, 'bytes_in'))}"
     out = ", ".join(f"{state.get(name, 0)} {name}" for name in ("refused", "repeated", "late"))
     return [
         f"run {printable(str(state.get('run')))}: {_word(state)}",
@@ -76,7 +76,7 @@ def _head(state: Mapping[str, Any]) -> list[str]:
         f"attempt {state.get('attempt')}; {len(ranks)} of {state.get('world_size')} ranks have joined, {left} left",
         f"windows: {counts}, {state.get('waiting_windows', 0)} wait for writers or late ranks, "
         f"{state.get('parked_windows', 0)} in files",
-        f"memory: {mib(_bytes(state))} of moments; {arrived}; {out}",
+        f"memory: {mib(total(state, 'bytes'))} of moments; {arrived}; {out}",
     ]
 
 
@@ -137,11 +137,11 @@ def _shards(state: Mapping[str, Any]) -> Table | None:
         return None
     table = _table("shard", "published", "open", "deltas", "memory", "problems")
     for number, shard in enumerate(shards):
-        problems = "; ".join(_clean(problem) for problem in shard.get("problems", [])) or "-"
+        wrong = "; ".join(_clean(problem) for problem in shard.get("problems", [])) or "-"
         known = "run" in shard  # not of one that does not answer
         counts = [shard.get("published", 0), len(shard.get("open_windows", [])), shard.get("deltas", 0)]
         told = [*map(str, counts), mib(shard.get("bytes", 0))] if known else ["?"] * 4
-        table.add_row(str(number), *told, problems, style="" if problems == "-" else "yellow")
+        table.add_row(str(number), *told, wrong, style="" if wrong == "-" else "yellow")
     return table
 
 
@@ -169,18 +169,6 @@ def _furthest_behind(ranks: Mapping[Any, Mapping[str, Any]]) -> list[tuple[Any, 
         return -int(item[1].get("lag", 0)), bool(item[1].get("left")), -float(item[1].get("silent_s", 0.0))
 
     return sorted(ranks.items(), key=key)
-
-
-def _bytes(state: Mapping[str, Any]) -> int:
-    """Bytes of moments in a store and its shards."""
-    return int(state.get("bytes", 0)) + sum(int(shard.get("bytes", 0)) for shard in state.get("shards", []))
-
-
-def _problems(state: Mapping[str, Any]) -> list[str]:
-    """Those of a store and its shards."""
-    shards = enumerate(state.get("shards", []))
-    of_shards = [f"shard {number}: {problem}" for number, shard in shards for problem in shard.get("problems", [])]
-    return [*state.get("problems", []), *of_shards]
 
 
 def _given_up(writer: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from delve_ray.analysis.table import printable, shorten
 from delve_ray.cli.output import described, fail, show, show_json, text_width
 from delve_ray.errors import DelveRayError, OptionError, ReadError, StoreError
-from delve_ray.storage import Storage
+from delve_ray.storage import Storage, masked
 
 ANSWER_S = 30.0
 """How long a store may take to answer."""
@@ -46,7 +46,7 @@ class NoStore(StoreError):
 def nothing_there(run: str, trouble: str | None) -> ReadError:
     """Neither run.json nor a store says anything."""
     why = trouble or "give --address or set RAY_ADDRESS to ask for the store of a run by its name"
-    return ReadError(f"{run}: no run.json there; {why}")
+    return ReadError(masked(f"{run}: no run.json there; {why}"))
 
 
 def run_json(run: str) -> Mapping[str, Any]:
@@ -64,7 +64,7 @@ def ask(name: str, answer: Callable[[Any], Any]) -> dict[str, Any]:
     try:
         handle = delve_ray.get_store(name)
     except StoreError as error:
-        raise NoStore(str(error)) from error
+        raise NoStore(masked(str(error))) from error
     state: dict[str, Any] = answer(handle.status.remote())
     return state
 
@@ -102,6 +102,7 @@ def cluster(address: str) -> Iterator[Callable[[Any], Any]]:
 
 def summary(name: str, content: Mapping[str, Any], state: Mapping[str, Any] | None) -> dict[str, Any]:
     """One object of --json."""
+    name = masked(name)
     options = content.get("options") or {}
     return {
         "run": name,
@@ -141,7 +142,7 @@ def _running(state: Mapping[str, Any]) -> list[str]:
         f"run {printable(str(state.get('run')))}: {word}",
         f"savefile {printable(str(state.get('savefile')))}",
         f"attempt {state.get('attempt')}; {joined}",
-        f"windows: {state.get('published', 0)} published, {len(windows)} open; {mib(state.get('bytes', 0))} in memory",
+        f"windows: {state.get('published', 0)} published, {len(windows)} open; {mib(total(state, 'bytes'))} in memory",
     ]
     if ranks:
         lines += ["", f"{'rank':>4} {'window':>7} {'deltas':>7} {'silent':>8}  process"]
@@ -156,8 +157,20 @@ def _running(state: Mapping[str, Any]) -> list[str]:
         error = "" if writer.get("last_error") is None else f"; last error: {printable(str(writer['last_error']))}"
         counts = ", ".join(f"{writer.get(key, 0)} {key}" for key in ("written", "queued", "failed", "dropped"))
         lines.append(f"writer {printable(str(writer.get('name')))}: {counts}{error}")
-    lines += [f"problem: {printable(str(problem))}" for problem in state.get("problems", [])]
+    lines += [f"problem: {printable(problem)}" for problem in problems(state)]
     return lines
+
+
+def total(state: Mapping[str, Any], name: str) -> int:
+    """A number of a store and its shards together, such as their bytes."""
+    return sum(int(part.get(name, 0)) for part in (state, *state.get("shards", [])))
+
+
+def problems(state: Mapping[str, Any]) -> list[str]:
+    """Those of a store and its shards, each once."""
+    shards = enumerate(state.get("shards", []))
+    of_shards = [f"shard {number}: {problem}" for number, shard in shards for problem in shard.get("problems", [])]
+    return list(dict.fromkeys([*map(str, state.get("problems", [])), *of_shards]))
 
 
 def mib(size: float) -> str:

@@ -15,6 +15,7 @@ from delve_ray.cli import status
 from delve_ray.cli.board import board, state_line
 from delve_ray.cli.output import fail, json_line
 from delve_ray.errors import OptionError, StoreError
+from delve_ray.storage import masked
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -66,12 +67,13 @@ def watch_status(run: str, address: str | None, as_json: bool, every: float) -> 
 
 def look(run: str, name: str, answer: Callable[[Any], Any]) -> Seen:
     """Ask the store of a run; where there is none any more, run.json."""
+    shown = masked(name)
     try:
-        return Seen(name, {}, status.ask(name, answer))
+        return Seen(shown, {}, status.ask(name, answer))
     except status.NoStore as error:
-        return Seen(name, status.run_json(run), None, str(error), gone=True)
+        return Seen(shown, status.run_json(run), None, masked(str(error)), gone=True)
     except StoreError as error:
-        return Seen(name, {}, None, str(error))
+        return Seen(shown, {}, None, masked(str(error)))
 
 
 def follow(ask: Callable[[], Seen], draw: Draw, every: float, wait: Callable[[float], None] = time.sleep) -> int:
@@ -99,7 +101,7 @@ def _without_store(seen: Seen, last: Seen | None) -> int:
     if seen.content:  # which does not say that the run has ended
         return fail(f"{seen.trouble}, and run.json does not say that the run has ended: its store was lost or killed")
     if last is None:
-        return fail(str(seen.trouble))
+        return fail(str(status.nothing_there(seen.name, seen.trouble)))
     return 0
 
 

@@ -337,7 +337,7 @@ class CombinedStore:
         """See `protocol.Store.wait_finished`."""
         return self.direct.wait_finished(timeout)
 
-    def abandon(self) -> object:
+    def abandon(self) -> bool:
         """See `protocol.Store.abandon`."""
         return self.direct.abandon()
 

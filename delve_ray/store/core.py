@@ -224,7 +224,10 @@ class CovarianceStore(IntakeStore):
         with self._lock:
             if self.publisher is None and not self._opening:
                 self.ending = "nobody joined it"
-            return self.ending is not None
+            unused = self.publisher is None and self.ending is not None
+        if unused and self.saver is not None:
+            self.saver.stop()
+        return self.ending is not None
 
     def wait_finished(self, timeout: float) -> bool:
         """Wait until everything is published and written after the last `leave`."""

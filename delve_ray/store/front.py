@@ -13,15 +13,19 @@ import pyarrow as pa
 from delve_ray.errors import StoreError
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
+from delve_ray.store.assignment import shards_of
 from delve_ray.store.attempt import Attempt
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.earlier import Earlier, final_windows, read_parts
-from delve_ray.store.parts import PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
+from delve_ray.store.parts import LOST, PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Key, Parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.state import State
 from delve_ray.store.window import Job, Window
 
 log = logging.getLogger(__name__)
+
+MOST_LOST = 256
+"""Windows that a writer has given up and that are kept for a recovery, the newest ones."""
 
 
 class FrontStore(CovarianceStore):
@@ -36,7 +40,9 @@ class FrontStore(CovarianceStore):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._parts: dict[tuple[int, int], Parts] = {}  # by attempt and ordinal
         self._earlier: dict[tuple[int, int], Earlier] = {}  # what a front before this one has written
+        self._lost: dict[tuple[int, int], dict[int, int]] = {}  # given up by a writer: the revisions of the shards
         self._done: set[int] = set()  # shards that have published everything
+        self._told: set[tuple[int, str]] = set()  # what shards could not publish
         self._ending_since = 0.0
         self._ended = False
         super().__init__(*args, **options)
@@ -49,22 +55,29 @@ class FrontStore(CovarianceStore):
                 *(config.run, config.num_shards, len(layers), idle),
             )
 
+    def assigned(self) -> dict[str, int]:
+        """The shard of each layer, by name."""
+        return shards_of(self.layers, self.config)
+
     # --- called by the shards ----------------------------------------------------------------------------------
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
-        """Take a shard's part of a window.
+    def accept(self, shard: int, part: PublishedWindow, after: Key | None = None, problems: Sequence[str] = ()) -> bool:
+        """Take a shard's part of a window, and what it could not publish. See `parts.Front.accept`.
 
         Raises StoreError for one of an attempt that is not known yet, or where the files cannot be read.
         """
+        if after is not None and self.part_state(shard, *after) == UNKNOWN:
+            return False
         written = self._written_before(part)
         with self._lock:
+            self._tell(shard, problems)
             attempt = self._attempt(part.attempt)
             if attempt is None:
-                return
+                return True
             window = attempt.windows.get(part.window)
             if window is None:
                 if part.window < attempt.published:
-                    return
+                    return True
                 window = attempt.windows[part.window] = self._reopened(attempt, part)
             if part.final:
                 self._pass_over(attempt, shard, part.window)
@@ -74,23 +87,20 @@ class FrontStore(CovarianceStore):
                 self._earlier.pop((part.attempt, part.window), None)  # from now on this front knows better
             parts.add(shard, part)
             self._advance(attempt)
+        return True
 
     def _written_before(self, part: PublishedWindow) -> dict[int, PublishedWindow]:
         """The parts of a window that a front before this one has written, when the first is offered again."""
         key = part.attempt, part.window
         with self._lock:
             earlier = None if key in self._parts else self._earlier.get(key)
-            layers = self.layers
+            assigned = self.assigned()
         if earlier is None:
             return {}
         try:
-            return self._read_parts(earlier, layers)
+            return read_parts(Storage(self.config.savefile), earlier, assigned)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
-
-    def _read_parts(self, earlier: Earlier, layers: Sequence[LayerInfo]) -> dict[int, PublishedWindow]:
-        config = self.config
-        return read_parts(Storage(config.savefile), earlier, layers, config.num_shards, config.sketching)
 
     def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> None:
         """Note what a final part tells a front that was started anew: its shard's earlier windows are written."""
@@ -106,6 +116,8 @@ class FrontStore(CovarianceStore):
             known = self._attempt(attempt)
             if known is None:
                 return WRITTEN
+            if self._lost.get((attempt, window), {}).get(shard, -1) >= revision:
+                return LOST
             parts = self._parts.get((attempt, window))
             if parts is None:
                 return WRITTEN if window not in known.windows and window < known.published else UNKNOWN
@@ -114,11 +126,19 @@ class FrontStore(CovarianceStore):
             newest = parts.newest.get(shard)
             return UNKNOWN if newest is None or newest.revision < revision else PENDING
 
-    def shard_done(self, shard: int) -> None:
-        """A shard has published everything, or is gone after the run has ended."""
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
+        """A shard has published everything that it could, or is gone after the run has ended."""
         with self._lock:
+            self._tell(shard, problems)
             self._done.add(shard)
             self._end_if_done()
+
+    def _tell(self, shard: int, problems: Sequence[str]) -> None:
+        """Make what a shard could not publish the run's problem, once."""
+        for problem in problems:
+            if self.publisher is not None and (shard, problem) not in self._told:
+                self._told.add((shard, problem))
+                self.publisher.problem(f"shard {shard}: {problem}")
 
     @property
     def undone(self) -> list[int]:
@@ -210,17 +230,34 @@ class FrontStore(CovarianceStore):
         return jobs
 
     def written(self, job: Job, everywhere: bool) -> None:
-        """Every writer has written a window; its shards may let go of it."""
+        """Every writer has written a window, and its shards let go of it; or one has given it up, and they keep it."""
+        key = job.attempt, job.ordinal
         with self._lock:
-            parts = self._parts.get((job.attempt, job.ordinal))
-            if parts is None or not everywhere:
+            parts = self._parts.get(key)
+            if parts is None:
                 return
-            parts.written |= {shard: part.revision for shard, part in (job.parts or {}).items()}
+            offered = {shard: part.revision for shard, part in (job.parts or {}).items()}
+            if not everywhere:
+                self._lose(key, offered)
+                return
+            parts.written |= offered
             for attempt in self.attempts:
-                if attempt.number == job.attempt:
-                    attempt.windows[job.ordinal].unwritten -= 1
+                window = attempt.windows.get(job.ordinal)
+                if attempt.number == job.attempt and window is not None:
+                    window.unwritten -= 1
                     self._touch()
                     self._advance(attempt)
+
+    def _lose(self, key: tuple[int, int], offered: dict[int, int]) -> None:
+        """Note that a window was given up; its rows go, and of windows given up long ago the windows themselves."""
+        self._lost[key] = offered
+        del self._parts[key]
+        while len(self._lost) > MOST_LOST:
+            number, ordinal = next(iter(self._lost))
+            del self._lost[number, ordinal]
+            for attempt in self.attempts:
+                if attempt.number == number:
+                    attempt.windows.pop(ordinal, None)
 
     def ended(self) -> None:
         """See `WindowStore.ended`; of the windows those remain that a recovery may have something for."""
@@ -247,7 +284,7 @@ class FrontStore(CovarianceStore):
                     attempt.published, latest = earlier.window + 1, earlier
         super()._adopt(state)
         if latest is not None:
-            parts = self._read_parts(latest, self.layers)
+            parts = read_parts(Storage(self.config.savefile), latest, self.assigned())
             self.running().announce([row for part in parts.values() for row in part.rows])
 
     @staticmethod

@@ -39,8 +39,10 @@ class Metric:
 
 
 COMMON_TAGS = ("run", "shard")
-"""`shard` is a shard's number, "front" for what has the files of a run with shards, "all" for a store without. Deltas
-are counted by each shard and by the front."""
+"""`shard` is a shard's number, "front" for what has the files of a run with shards, "all" for a store without. Deltas,
+also repeated and late ones, are counted by each shard and by the front."""
+WHOLE_RUN = ("all", "front")
+"""The stores that know of every layer and every delta of a run."""
 METRICS = (
     Metric("delve_ray_deltas_total", "counter", "Deltas that were merged"),
     Metric("delve_ray_bytes_total", "counter", "Bytes of the moments that were merged"),
@@ -104,7 +106,8 @@ class Monitor:
         self._show("delve_ray_store_bytes", status["bytes"])
         self._show("delve_ray_open_windows", len(status["open_windows"]))
         self._show_ranks(status["ranks"])
-        self._show_saturations(self._store.progress().metrics)
+        if self._shard in WHOLE_RUN:  # a shard's mean would be that of its own layers
+            self._show_saturations(self._store.progress().metrics)
         for what, whose, seconds in self._store.timings.drain():
             tags = {"writer": whose} if what == "write" else {}
             self._metrics[f"delve_ray_{what}_seconds"].observe(max(float(seconds), 1e-9), self._tags(tags))

@@ -373,8 +373,8 @@ class Store(Protocol):
     def end(self, source: Source) -> None:
         """Release the store, once nobody else waits for its last answer; called by every source once it has that."""
 
-    def abandon(self) -> object:
-        """End the store if nobody has ever joined it; called by who started it."""
+    def abandon(self) -> bool:
+        """End the store if nobody has ever joined it, and say whether it has ended; called by who started it."""
 
     def status(self) -> dict[str, Any]:
         """Ranks, windows, memory and writers, for people."""

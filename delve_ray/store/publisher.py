@@ -173,11 +173,14 @@ class Publisher:
         with self._changed:
             return sum(latest.packed.nbytes for latest in self._latest.values())
 
+    def unpublished(self) -> list[str]:
+        """What could not be published, in words."""
+        with self._changed:
+            return list(self._problems)
+
     def problems(self) -> list[str]:
         """What could not be published or written, in words."""
-        with self._changed:
-            problems = list(self._problems)
-        return problems + [problem for writer in self.writers if (problem := writer.problem()) is not None]
+        return self.unpublished() + [problem for writer in self.writers if (problem := writer.problem()) is not None]
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything submitted so far is published and written; False when that takes longer."""
@@ -208,6 +211,7 @@ class Publisher:
             else:
                 for live in self._owner.poll():
                     self._publish(live)
+        self._crew.close()
         deadline = time.monotonic() + self._finish_timeout
         for writer in self.writers:
             writer.end()

@@ -20,6 +20,7 @@ from ray.exceptions import (
 from delve_ray.errors import DelveRayError, StoreError, StoreLost
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
+from delve_ray.store.parts import Key
 from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.sharded import ShardedStore
 
@@ -162,10 +163,12 @@ class RemoteStore:
         progress: Progress = self._call("progress", call_timeout=timeout)
         return progress
 
-    def abandon(self) -> None:
-        """End the actor if nobody has ever joined its run."""
-        if self._call("abandon"):
-            self.kill()
+    def abandon(self) -> bool:
+        """End the actor if nobody has ever joined its run; whether it has ended."""
+        if not self._call("abandon"):
+            return False
+        self.kill()
+        return True
 
     def leave(self, source: Source, *, completed: bool, sent: int, timeout: float) -> Ack:
         """See `protocol.Store.leave`."""
@@ -202,17 +205,17 @@ class RemoteStore:
         if ray.is_initialized():
             ray.kill(self.handle, no_restart=True)
 
-    def accept(self, shard: int, part: PublishedWindow) -> None:
+    def accept(self, shard: int, part: PublishedWindow, after: Key | None = None, problems: Sequence[str] = ()) -> bool:
         """See `FrontStore.accept`."""
-        self._call("accept", shard, part)
+        return bool(self._call("accept", shard, part, after, tuple(problems)))
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""
         return str(self._call("part_state", shard, attempt, window, revision))
 
-    def shard_done(self, shard: int) -> None:
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.shard_done`."""
-        self._call("shard_done", shard)
+        self._call("shard_done", shard, tuple(problems))
 
     def matrix(self, question: str, layer: str, phase: str) -> F64:
         """What the store's `covariance` or `spectrum` answers."""

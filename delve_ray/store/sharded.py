@@ -51,15 +51,24 @@ class ShardedStore:
         self._layers: list[LayerInfo] = []
         self._assigned: list[int] = []
         self._rule = WHOLE
-        self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
 
     def _each(self, call: Callable[[int, Store], T]) -> list[T]:
         """Call all shards side by side; the first error is raised once all have answered."""
-        running = [self._pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
-        errors = [error for future in running if (error := future.exception()) is not None]
+        # Threads of this call alone: a rank that leaves has nothing to end, and they cost less than an answer.
+        pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
+        try:
+            running = [pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
+            errors = [error for future in running if (error := future.exception()) is not None]
+        finally:
+            pool.shutdown(wait=False)
         if errors:
             raise errors[0]
         return [future.result() for future in running]
+
+    @property
+    def handle(self) -> Any:
+        """What answers drivers and tools: the front's actor, or the front itself where it is in this process."""
+        return getattr(self.front, "handle", self.front)
 
     def settings(self) -> StoreConfig:
         """How the run is published."""
@@ -170,10 +179,12 @@ class ShardedStore:
         self._each(lambda _, shard: shard.end(source))
         self.front.end(source)
 
-    def abandon(self) -> object:
-        """End the stores if nobody has ever joined the run."""
-        self._each(lambda _, shard: shard.abandon())
-        return self.front.abandon()
+    def abandon(self) -> bool:
+        """End the stores if nobody has ever joined the run, which the front knows first."""
+        abandoned = self.front.abandon()
+        if abandoned:
+            self._each(lambda _, shard: shard.abandon())
+        return abandoned
 
     def status(self) -> dict[str, Any]:
         """That of the front, and under `shards` theirs."""
@@ -188,7 +199,7 @@ class LocalShards(ShardedStore):
         self.local_shards = []
         for shard in range(config.num_shards):
             options = shard_config(config, shard)
-            writer = PartWriter(shard, lambda: self.local_front)
+            writer = PartWriter(shard, lambda: self.local_front, config.num_shards)
             self.local_shards.append(ShardStore(options, writers=[writer], saver=savers(options)))
         super().__init__(self.local_front, self.local_shards)
 

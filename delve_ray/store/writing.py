@@ -29,6 +29,10 @@ _GRACE_S = 1.0
 """How long a thread that was told to stop may take to say what it gave up."""
 
 
+def _nothing() -> None:
+    """What is done where there is nothing to do."""
+
+
 class WriterThread:
     """One writer on its own thread: its failures and its slowness are its own.
 
@@ -44,7 +48,7 @@ class WriterThread:
         self,
         writer: Writer,
         *,
-        retry_s: tuple[float, float] = RETRY_S,
+        retry_s: tuple[float, float] | None = None,
         max_bytes: int = MAX_QUEUED_BYTES,
         timings: Timings | None = None,
     ) -> None:
@@ -52,7 +56,7 @@ class WriterThread:
         self._timings = timings or Timings()
         self.written = self.failed = self.dropped = 0
         self.last_error: str | None = None
-        self._retry_s = retry_s
+        self._retry_s = retry_s or RETRY_S
         self._max_bytes = max_bytes
         self._queue: OrderedDict[Item, None] = OrderedDict()
         self._live: dict[tuple[int, int], Item] = {}  # of the queue, by window
@@ -124,6 +128,7 @@ class WriterThread:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
+            getattr(self.writer, "stop_waiting", _nothing)()  # of a writer that waits for others
             self._thread.join(_GRACE_S)
         if alive := self._thread.is_alive():
             log.error("writer %s did not end in %.3g s: it is still busy", self.writer.name, timeout)

@@ -98,6 +98,16 @@ def test_a_running_store_says_how_it_is(cluster, run, capsys):
     ]
 
 
+def test_a_store_with_shards_says_what_they_have(cluster, run, capsys, monkeypatch):
+    shards = [{"run": "first", "bytes": 5 << 20, "problems": []}, {"problems": ["shard 1 does not answer: lost"]}]
+    state = STATE | {"bytes": 0, "shards": shards, "problems": ["shard 1: shard 1 does not answer: lost", "disk"]}
+    monkeypatch.setattr("delve_ray.store.launch.get_store", lambda name: FakeStore(state))
+    assert main(["status", run(RUNNING), "--address", "head:6379"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "windows: 7 published, 2 open; 5.0 MiB in memory"
+    assert lines[-2:] == ["problem: shard 1: shard 1 does not answer: lost", "problem: disk"]
+
+
 def test_json_and_the_address_from_the_environment(cluster, run, capsys, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "env:6379")
     assert main(["status", run(RUNNING), "--json"]) == 0
@@ -113,6 +123,16 @@ def test_a_store_by_the_name_of_its_run(cluster, capsys):
     assert main(["status", "second", "--address", "head:6379"]) == 2
     said = capsys.readouterr()
     assert said.err == "delve-ray: second: no run.json there; run 'second' has no store in this Ray cluster\n"
+
+
+def test_a_secret_in_a_uri_is_not_shown(cluster, capsys, monkeypatch):
+    there = "s3://key:secret@bucket/r"
+    monkeypatch.setattr(status, "run_json", lambda run: {})
+    for more in ((), ("--json",), ("--address", "head:6379"), ("--address", "nowhere:1")):
+        assert main(["status", there, *more]) == 2
+        said = "".join(capsys.readouterr())
+        assert "s3://key:***@bucket/r" in said
+        assert "secret" not in said
 
 
 def test_a_run_that_has_ended(cluster, run, capsys):

@@ -23,6 +23,7 @@ from delve_ray.errors import StoreError
 from delve_ray.store.answers import MOST_WINDOWS
 from delve_ray.store.core import CovarianceStore
 from tests.chaos.processes import family, wait_until
+from tests.leftovers import kill
 from tests.stores import Keeper, Worker, config, published, rows, source, until
 
 ENDED = {"run": "r", "world_size": 2, "end": {"time": "2026-01-02T04:05:06+00:00", "why": "closed"}}
@@ -64,8 +65,7 @@ def behind() -> Iterator[dict[str, Any]]:
     until(lambda: store.status()["writers"][1]["last_error"])
     yield store.status()
     slow.go_on.set()
-    store.finish("test")
-    assert store.wait_finished(60)
+    kill(store)  # its end would wait for the writer that fails
 
 
 def test_ranks_windows_memory_and_writers(behind: dict[str, Any]) -> None:
@@ -104,6 +104,8 @@ def test_shards_and_snapshots(behind: dict[str, Any]) -> None:
     silent = {"problems": ["shard 1 does not answer: it\nis away"]}
     snapshots = {"written": 5, "failed": 1, "seconds": 0.25, "pending": True, "last_error": "disk full"}
     state = behind | {"shards": [behind | {"bytes": 2 << 20, "problems": []}, silent], "snapshots": snapshots}
+    lines = shown(state | {"bytes": 1 << 20, "bytes_in": 0, "shards": [{"bytes_in": 3 << 20}, {"bytes_in": 4 << 20}]})
+    assert lines[4].startswith("memory: 1.0 MiB of moments; 5 deltas merged, 7.0 MiB; ")
     lines = shown(state)
     at = lines.index("shard published open deltas memory problems")
     assert lines[at + 1] == "0 1 2 5 2.0 MiB -"
@@ -161,7 +163,8 @@ def test_a_store_that_is_gone(capsys: pytest.CaptureFixture[str]) -> None:
     assert followed(running, GONE)[0] == 0, "and from here run.json is not to be read"
     assert capsys.readouterr().err == ""
     assert followed(GONE)[0] == 2
-    assert capsys.readouterr().err == "delve-ray: run 'r' has no store in this Ray cluster\n"
+    said = "delve-ray: r: no run.json there; run 'r' has no store in this Ray cluster\n"
+    assert capsys.readouterr().err == said
     killed = Seen("r", ENDED | {"end": None}, None, GONE.trouble, gone=True)
     assert followed(running, killed)[0] == 2
     assert "run.json does not say that the run has ended" in capsys.readouterr().err
@@ -256,6 +259,18 @@ def test_what_cannot_be_watched(
     (tmp_path / "run.json").write_text(json.dumps(ENDED))
     assert main(["status", str(tmp_path), "--watch", "--address", "head:1"]) == 0
     assert "ended 2026-01-02T04:05:06+00:00: closed" in capsys.readouterr().out
+
+
+def test_a_secret_in_a_uri_is_not_shown(
+    cluster: Callable[[Any], None], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "run_json", lambda run: {})
+    for more in ((), ("--address", "head:1"), ("--address", "head:1", "--json")):
+        cluster([StoreError("run 's3://key:secret@bucket/r' is away"), state(published=1)] if more else [])
+        assert main(["status", "s3://key:secret@bucket/r", "--watch", "-n", "0.001", *more]) == (0 if more else 2)
+        said = "".join(capsys.readouterr())
+        assert "s3://key:***@bucket/r" in said
+        assert "secret" not in said
 
 
 def run_watched(savefile: str) -> None:

@@ -97,6 +97,13 @@ def test_expressions_ask_for_what_is_exported_with_tags_that_it_has() -> None:
             assert set(", ".join(grouped).split(", ")) <= tags | {"le"}, expression
 
 
+def test_what_every_shard_counts_is_counted_once() -> None:
+    for expression in EXPRESSIONS:
+        for name, labels in selectors(expression):
+            if name.removeprefix("ray_delve_ray_") in ("deltas_total", "repeated_total", "late_total"):
+                assert labels["shard"] == '"all|front"', expression
+
+
 def test_legends_name_what_is_left_of_the_tags() -> None:
     for panel in PANELS:
         for target in panel["targets"]:

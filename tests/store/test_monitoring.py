@@ -14,6 +14,7 @@ from delve_ray.store import monitoring
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.monitoring import MAX_LAYERS, METRICS, Metric, Monitor
 from delve_ray.store.protocol import LayerInfo
+from delve_ray.store.sharded import LocalShards
 from delve_ray.store.timings import MOST, Timings
 from tests.store.test_sketches import SketchingWorker
 from tests.stores import Keeper, Worker, config, published, rows, source, written
@@ -150,6 +151,27 @@ def test_the_layers_that_are_shown_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     store.finish("test")
 
 
+def test_a_mean_over_layers_is_that_of_all_shards() -> None:
+    options = config(world_size=1, num_shards=2, save_to=())
+    sharded = LocalShards(options, lambda _: None)
+    stores = {"front": sharded.local_front, "0": sharded.local_shards[0], "1": sharded.local_shards[1]}
+    worker = Worker(sharded, 0, options)  # type: ignore[arg-type]
+    worker.send({(0, 0): np.outer([1.0, -1.0, 0.0], [1, 0, 0]), (1, 0): rows(200, 5)}, closes=True)
+    published(sharded, 1)  # type: ignore[arg-type]
+    shown = {}
+    for shard, store in stores.items():
+        made: dict[str, Recorded] = {}
+        Monitor(store, lambda metric, made=made: made.setdefault(metric.name, Recorded(metric)), shard=shard).update()
+        shown[shard] = dict(made["delve_ray_saturation"].values)
+        assert made["delve_ray_deltas_total"].values == {(): 1.0}
+    narrow, wide = shown["front"]["conv", "train"], shown["front"]["fc", "train"]
+    assert (narrow, wide) == (1 / 3, 1.0)
+    assert shown == {"front": shown["front"], "0": {}, "1": {}}
+    assert shown["front"]["mean", "train"] == pytest.approx((narrow + wide) / 2)
+    worker.leave()
+    assert sharded.wait_finished(60)
+
+
 def test_the_ranks_that_are_shown_are_bounded_and_those_of_before_are_at_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(monitoring, "MAX_RANKS", 4)
     options = config(world_size=10, silent_after=0)
@@ -204,7 +226,7 @@ def test_a_metric_that_fails_does_not_stop_the_watching(monkeypatch: pytest.Monk
     ended = threading.Event()
     Broken(CovarianceStore(config(world_size=1), writers=[]), Recorded).start(ended)
     for _ in range(3):
-        assert calls.acquire(timeout=30)
+        assert calls.acquire(timeout=60)
     ended.set()
 
 

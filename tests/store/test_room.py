@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from delve_ray.errors import RegistrationError
-from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
 from delve_ray.store.memory import store_bytes
 from delve_ray.store.protocol import LayerInfo, StoreConfig
@@ -18,7 +17,7 @@ CONFIG = StoreConfig("r", "/nowhere", 4, num_shards=2)
 
 
 def test_each_shard_has_the_bytes_of_its_own_layers() -> None:
-    assigned = assign(LAYERS, 2, WHOLE)
+    assigned = assign(LAYERS, 2, CONFIG.sketching)
     for shard, found in enumerate(shares(CONFIG, LAYERS, phases=2)):
         own = [info.features or 0 for info, where in zip(LAYERS, assigned, strict=True) if where == shard]
         assert found == store_bytes(own, phases=2, sources=4)
