@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from delve_ray.cli.output import (
 )
 from delve_ray.cli.summary import STYLES
 from delve_ray.errors import ReadError
+from delve_ray.nystrom import Head
 from delve_ray.schema import ALWAYS, EXTRA_STATS, SCALAR_STATS, SPECTRA_SCHEMA
 from delve_ray.storage import Storage
 
@@ -100,12 +102,26 @@ def _text(table: pa.Table, stats: list[str] | None) -> str:
             rows = matching(table, run=name, phase=phase, step=step).to_pylist()
             if several:
                 heads = [f"{value:g}" for value in rows[0]["thresholds"]]
-                cells = [[str(k) for k in row["intrinsic_dimensionalities"]] for row in rows]
-                blocks += _blocks(f"dimensions by threshold, {phase}, step {step}", rows, heads, cells)
+                cells = [_dimensions(row) for row in rows]
+                at_most = " (≤: the most that a sketch leaves open)" if "≤" in str(cells) else ""
+                blocks += _blocks(f"dimensions by threshold, {phase}, step {step}{at_most}", rows, heads, cells)
             if asked:
                 cells = [[_number(row[stat]) for stat in asked] for row in rows]
                 blocks += _blocks(f"{phase}, step {step}", rows, asked, cells)
     return "\n\n".join(blocks)
+
+
+def _dimensions(row: dict[str, Any]) -> list[str]:
+    """k(δ) at each threshold; of a sketched layer it is an upper end where the head does not explain the share δ."""
+    values, thresholds = row["intrinsic_dimensionalities"], row["thresholds"]
+    if not values:  # of a spectrum that is not finite, or not whole
+        return ["–"] * len(thresholds)
+    if not row["sketched"]:
+        return list(map(str, values))
+    seen, unseen = np.asarray(row["eigenvalues"], np.float64), row["unseen_variance"]
+    head = Head(seen, float(seen.sum()) + unseen, unseen, row["features"])
+    reached = [head.dimensionality(threshold)[2] for threshold in thresholds]
+    return [str(k) if known else f"≤{k}" for k, known in zip(values, reached, strict=True)]
 
 
 def _has(table: pa.Table, name: str) -> bool:

@@ -41,7 +41,8 @@ def rank(
         by_mode: "max", or "min" where less of `by` is better.
 
     Returns:
-        One row per trial that ended well, see `rank_trials`; `ranking_table` prints it.
+        One row per trial that ended well, see `rank_trials`, which also says where a trial with sketched layers stands;
+        `ranking_table` prints it.
 
     Raises:
         OptionError: an option that cannot be used.

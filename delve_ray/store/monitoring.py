@@ -6,6 +6,7 @@ Ray puts `ray_` before each name. The dashboard in `cluster/grafana.json` uses e
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ class Monitor(Exporter):
         self._store = store
         self._shard = shard
         self._ranks: set[str] = set()
+        self._saturations: set[tuple[str, str]] = set()
 
     def update(self) -> None:
         """See `Exporter.update`."""
@@ -179,10 +181,15 @@ class Monitor(Exporter):
     def _show_saturations(self, metrics: Mapping[str, float]) -> None:
         layers = [info.name for info in self._store.layers]
         shown = {layers[index * len(layers) // MAX_LAYERS] for index in range(MAX_LAYERS)} if layers else set()
+        told = set()
         for key, value in metrics.items():
             stat, phase, layer = key.split("/", 2)
             if stat == "saturation" and (layer in shown or layer == "mean"):
+                told.add((layer, phase))
                 self._show("delve_ray_saturation", value, layer=layer, phase=phase)
+        for layer, phase in self._saturations - told:  # which a sketch has left open: Ray would keep their last values
+            self._show("delve_ray_saturation", math.nan, layer=layer, phase=phase)
+        self._saturations |= told
 
 
 class CombinerMonitor(Exporter):

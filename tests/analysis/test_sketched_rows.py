@@ -144,6 +144,9 @@ def test_the_command_takes_them(run: str, tmp_path: Path) -> None:
     assert shown.returncode == 0, shown.stderr
     rows = {row["layer"]: row for row in json.loads(shown.stdout)}
     assert (rows["unseen"]["saturation"], rows["unseen"]["saturation_high"]) == (None, 37 / 40)
+    several = command("recompute", run, "--threshold", "0.95", "--threshold", "0.4").stdout.splitlines()
+    assert "dimensions by threshold, train, step 1 (≤: the most that a sketch leaves open)" in several
+    assert [line.split() for line in several[-2:]] == [["seen", "3", "1"], ["unseen", "≤37", "2"]]
     page = tmp_path / "report.html"
     for arguments in (("summary", run), ("recompute", run, "--threshold", "0.6"), ("report", run, "-o", page)):
         done = command(*arguments)

@@ -8,7 +8,10 @@ from delve_ray import read_spectra
 from delve_ray.analysis.recompute import recompute
 from delve_ray.cli import main
 from delve_ray.schema import SPECTRA_SCHEMA
+from delve_ray.storage import Storage
+from delve_ray.writers.parquet import ParquetWriter
 from tests.cli.runs import publish
+from tests.windows import layer_row, window
 
 
 @pytest.fixture
@@ -73,6 +76,13 @@ def test_a_file_has_all_steps_under_the_schema_and_the_run_stays(run, tmp_path, 
     (tmp_path / "again" / "spectra").mkdir(parents=True)
     target.rename(tmp_path / "again" / "spectra" / "all.parquet")
     assert read_spectra(tmp_path / "again").equals(recompute(run, threshold=0.8), check_metadata=True)
+
+
+def test_a_spectrum_that_is_not_finite_has_no_dimensions(tmp_path, capsys):
+    broken = layer_row("broken", features=2, eigenvalues=np.array([np.nan, 1.0]))
+    ParquetWriter(Storage(tmp_path / "run")).write(window([layer_row("fine"), broken]))
+    lines = answered(capsys, tmp_path / "run", "-t", "0.9", "-t", "0.5").splitlines()
+    assert [line.split() for line in lines[-2:]] == [["fine", "2", "1"], ["broken", "–", "–"]]
 
 
 def test_a_file_and_json(run, tmp_path, capsys):

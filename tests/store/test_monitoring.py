@@ -20,6 +20,7 @@ from delve_ray.store.monitoring import COMBINER_METRICS, MAX_LAYERS, METRICS, Co
 from delve_ray.store.protocol import Bundle, LayerInfo
 from delve_ray.store.sharded import LocalShards
 from delve_ray.store.timings import MOST, Timings
+from tests.store.test_sketches import SketchingWorker
 from tests.stores import LAYERS, Keeper, Worker, config, published, rows, source, written
 
 
@@ -118,6 +119,24 @@ def test_what_a_writer_gives_up_is_counted() -> None:
     monitor.update()
     assert made["delve_ray_dropped_total"].values == {("b",): 1.0}
     assert made["delve_ray_write_seconds"].values == {}
+
+
+def test_a_saturation_that_a_sketch_leaves_open_is_not_that_of_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.stores.LAYERS", [LayerInfo("wide", "Linear", 90)])
+    options = config(world_size=1, max_features=64, sketch_size=16)
+    store = CovarianceStore(options, writers=[])
+    monitor, made = watched(store)
+    worker = SketchingWorker(store, 0, options)
+    told = []
+    for step, part in enumerate((rows(300, 3) @ rows(3, 90), rows(300, 90))):
+        worker.send({(0, 0): part}, step=step, closes=True)
+        written(store, step + 1)
+        monitor.update()
+        told.append(made["delve_ray_saturation"].values["wide", "train"])
+    assert told[0] in (2 / 90, 3 / 90)
+    assert np.isnan(told[1])
+    assert "saturation/train/wide" not in store.progress().metrics
+    store.finish("test")
 
 
 def test_the_layers_that_are_shown_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from delve_ray import SaturationTracker, read_spectra
 from delve_ray.moments import pack_triangle
 from delve_ray.reservoir import UNBOUNDED, Reservoir
 from delve_ray.schema import LayerRow
+from delve_ray.sketch import omega
 from delve_ray.store import publishing, remote_spectra
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.publishing import layer_row
@@ -169,6 +170,10 @@ def test_a_gpu_is_taken_only_where_the_run_may_and_one_is_free(
     assert sent(71, allowed) == (3, 0), "not for a layer that is less wide"
     assert sent(72, allowed) == (4, 1)
     assert sent(90, allowed) == (5, 2)
+    sketch = np.concatenate([np.full(90, 2.0), 2.0 * omega(90, 8).dense(0, 90).ravel()])  # of the matrix 2·I
+    row = compute(LayerInfo("b", "Linear", 90), "eval", Collected(300, 0, np.zeros(90), sketch, 1.0), allowed)
+    assert (row.sketched, row.stats["trace"], row.eigenvalues.size) == (True, 180.0, 8)
+    assert (compute.sent, compute.sent_to_gpus) == (6, 2), "of a sketch there is nothing for one to do"
 
 
 def test_a_gpu_that_fails_is_left_alone_and_the_row_is_the_same(

@@ -17,7 +17,6 @@ from delve_ray.moments import F64, Moments
 from delve_ray.recorder import Recorder
 from delve_ray.recovery import recover
 from delve_ray.reservoir import UNBOUNDED, pack, smallest
-from delve_ray.schema import LayerRow, PublishedWindow
 from delve_ray.sketch import WHOLE, sketch_size
 from delve_ray.storage import Storage
 from delve_ray.store import combiner as combiner_module
@@ -29,11 +28,11 @@ from delve_ray.store.protocol import Delta, LayerInfo
 from delve_ray.store.publishing import entry_row
 from delve_ray.store.saving import Saver
 from delve_ray.store.window import Entry
+from tests.store.six_layers import local_shards, mortal
 from tests.store.test_combined import together
-from tests.store.test_sharded import Sharded
 from tests.store.test_sketches import LAYERS, OPTIONS, RULE, SIZE, SketchingWorker, own, packed, some_rows
 from tests.store.test_sketches import layers as layers  # the fixture
-from tests.stores import Keeper, until, written
+from tests.stores import until
 from tests.test_recovery import Away
 
 WIDE, NARROW = 100, 50
@@ -301,8 +300,7 @@ def test_the_files_are_those_without_a_combiner(
     alone = store_at(str(tmp_path / "alone"), **(options | {"product_eps": 2.0**-23}))
     store: Any = store_at(str(tmp_path / "run"), **options)
     if num_shards > 1:
-        sharded = Sharded(str(tmp_path / "run"), num_shards, embed_rows=6, **OPTIONS)
-        store = sharded.store
+        store = local_shards(tmp_path / "run", num_shards, embed_rows=6, **OPTIONS)
     workers = [SketchingWorker(store, rank, store.settings()) for rank in range(2)]
     others = [SketchingWorker(alone, rank, alone.config) for rank in range(2)]
     combiner, parts = Combiner(store, LAYERS, 6, RULE), []
@@ -333,68 +331,22 @@ MIXED = [LayerInfo("whole", "Linear", 60), LayerInfo("wide", "Linear", 90), Laye
 @pytest.fixture
 def mixed(layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert assign(MIXED, 2, RULE) != assign(MIXED, 2, WHOLE)
-    monkeypatch.setattr("delve_ray.store.parts.TOGETHER_S", 0.2)
     for module in ("tests.stores", "tests.store.test_sketches", __name__):
         monkeypatch.setattr(f"{module}.LAYERS", MIXED)
 
 
 @pytest.mark.usefixtures("mixed")
-@pytest.mark.parametrize("kill", ["kill_shard", "kill_front"])
-def test_shards_that_are_started_anew_go_on_with_their_sketches(tmp_path: Path, kill: str) -> None:
-    sharded = Sharded(str(tmp_path), 2, **OPTIONS)
-    workers = [SketchingWorker(sharded.store, rank, sharded.config) for rank in range(2)]  # type: ignore[arg-type]
+@pytest.mark.parametrize("killed", ["a shard", "the front"])
+def test_shards_that_are_started_anew_go_on_with_their_sketches(tmp_path: Path, killed: str) -> None:
+    lives = mortal(tmp_path, 2, **OPTIONS)
+    workers = [SketchingWorker(lives.reached, rank, lives.config) for rank in range(2)]
     parts = [some_rows(seed) for seed in range(4)]
     for worker, part in zip(workers, parts, strict=False):
         worker.send(part)
-    until(lambda: all(sharded.store.heartbeat(worker.source).saved for worker in workers))
-    getattr(sharded, kill)(*([1] if kill == "kill_shard" else []))
+    until(lambda: all(lives.reached.heartbeat(worker.source).saved for worker in workers))
+    lives.kill(process=lives.front if killed == "the front" else lives.shards[1])
     for worker, part in zip(workers, parts[2:], strict=True):
         worker.send(part, closes=True)
         worker.leave()
-    assert sharded.store.wait_finished(30), sharded.store.status()
+    until(lambda: lives.finished, "the run does not end")
     check_files(str(tmp_path), parts)
-
-
-@pytest.mark.usefixtures("mixed")
-def test_a_front_that_is_started_anew_finds_the_layers_of_each_shard(tmp_path: Path) -> None:
-    """One shard corrects its part of a window, of which the files have the other's."""
-    sharded = Sharded(str(tmp_path), 2, late_after=0.1, **OPTIONS)
-    workers = [SketchingWorker(sharded.store, rank, sharded.config) for rank in range(2)]  # type: ignore[arg-type]
-    workers[0].send(some_rows(0), closes=True)
-    until(lambda: read_spectra(tmp_path).num_rows == 3)
-    until(lambda: sharded.store.heartbeat(workers[0].source).saved)
-    for shard in sharded.shards:  # which then have nothing to offer again
-        until(lambda: shard.running().flush(1.0))  # noqa: B023
-        sharded._stop(shard)
-    sharded.kill_front()
-    (first, *_), before = contents(str(tmp_path)), {row["layer"]: row for row in contents(str(tmp_path))}
-    assigned = dict(zip((info.name for info in MIXED), assign(MIXED, 2, RULE), strict=True))
-    corrected = [corrected_row(info.name, info.features or 0) for info in MIXED if assigned[info.name] == 1]
-    sharded.front.accept(1, PublishedWindow("r", 0, 0, 0, 1 << 30, True, 1, 2, now(), corrected))
-    sharded.front.take(*workers[1].next({}, 0, True))  # the shards have not heard of the second rank's end yet
-    until(lambda: contents(str(tmp_path))[0]["revision"] > first["revision"])
-    after = contents(str(tmp_path), "revision", "workers")
-    assert [row["layer"] for row in after] == ["whole", "wide", "wider"]
-    for row in after:
-        if assigned[row["layer"]] == 1:
-            assert row["samples"] == 77
-        else:
-            assert row == {name: before[row["layer"]][name] for name in row}
-
-
-def corrected_row(name: str, features: int) -> LayerRow:
-    keeper = Keeper()
-    store = CovarianceStore(own(), writers=[keeper])
-    workers = [SketchingWorker(store, rank) for rank in range(2)]
-    for worker in workers:
-        worker.send(some_rows(worker.source.rank), closes=True)
-    written(store, 1)
-    row = next(row for row in keeper.windows[0].rows if row.layer == name)
-    assert row.features == features
-    return replace(row, samples=77)
-
-
-def now() -> Any:
-    from datetime import UTC, datetime
-
-    return datetime.now(UTC)

@@ -69,6 +69,16 @@ STATISTICS = {
     ),
     "correlation_effective_rank": Words("correlation effective rank", "Effective rank of the correlation matrix."),
     "rankme": Words("RankMe", "Effective rank of the outputs themselves, from their singular values, mean included."),
+    "saturation_low": Words(
+        "saturation, at least", "Of a layer too wide to be kept whole, which is sketched: the least it can be.", "share"
+    ),
+    "saturation_high": Words(
+        "saturation, at most", "Of a layer too wide to be kept whole, which is sketched: the most it can be.", "share"
+    ),
+    "unseen_variance": Words(
+        "unseen variance",
+        "The variance that a sketch has not seen: no eigenvalue is more than that above the one shown.",
+    ),
     "alpha_r2": Words("r² of α", "How well the power law fits: 1 is a straight line of log λ over log rank."),
     "mean_norm": Words("norm of the mean", "The length of the mean output vector.", log=True),
     "nonfinite_rows": Words("non-finite rows", "Observations with a NaN or an infinity, which were left out.", "count"),

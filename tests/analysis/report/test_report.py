@@ -17,7 +17,7 @@ from delve_ray.schema import EXTRA_STATS, SCALAR_STATS, SPECTRA_SCHEMA, VERSION_
 from delve_ray.storage import Storage
 from delve_ray.writers.parquet import ParquetWriter
 from tests.analysis.report.pages import HOSTILE, data_of, numbers_of, write_large_run, write_rows, write_scalars
-from tests.windows import layer_row, window
+from tests.windows import layer_row, sketched_row, window
 
 
 def column(path, run, phase, name):
@@ -327,6 +327,22 @@ def test_nothing_of_a_run_stands_in_the_page_but_in_its_data(tmp_path):
         before, _, rest = text.partition('id="numbers">')
         pages[name] = before + rest[rest.index("</script>\n<script>") :]
     assert pages["plain"] == pages["hostile"]
+
+
+def test_sketched_layers_have_their_bounds(tmp_path):
+    rows = [layer_row("whole"), sketched_row("seen", 0.0625), sketched_row("unseen", 9.0)]
+    ParquetWriter(Storage(tmp_path / "run")).write(window(rows))
+    write_report(tmp_path / "run", tmp_path / "page.html")
+    (run,) = data_of(tmp_path / "page.html")["runs"]
+    ends = {
+        "saturation": [2 / 3, 3 / 40, np.nan],
+        "saturation_low": [np.nan, 3 / 40, 3 / 40],
+        "saturation_high": [np.nan, 3 / 40, 37 / 40],
+        "unseen_variance": [np.nan, 0.0625, 9.0],
+    }
+    for name, values in ends.items():
+        np.testing.assert_array_equal(column(tmp_path / "page.html", run, "train", name)[:, 0], np.float32(values))
+    assert ("too-few-columns", ["unseen"]) in [(each["kind"], each["layers"]) for each in run["findings"]]
 
 
 def test_every_statistic_has_words():
