@@ -367,7 +367,7 @@ def test_deltas_of_an_attempt_that_was_replaced_change_nothing(savefile: str, nu
         ray.get([w.window.remote(3, everything) for w in new])
         ray.get([w.call.remote("close") for w in new])
     after = published(savefile)
-    assert {key: after[key] for key in before} == before
+    np.testing.assert_equal({key: after[key] for key in before}, before)
     rows = check_rows(savefile, {s: rows_of(s, dict.fromkeys(range(2), everything)) for s in range(4)})
     assert [(row["attempt"], row["workers"]) for row in rows] == [(0, 2), (1, 2), (1, 2), (1, 2)]
 
