@@ -40,6 +40,18 @@ def times(count: int) -> int:
     return int(count * FACTOR)
 
 
+STORES = {"alone": 1, "shards": 2}
+"""The number of shards of the stores that tests run with."""
+
+
+def with_shards(*, in_ci: bool = True) -> Any:
+    """Run a test with a store alone and with shards; not `in_ci` with shards only in runs that are longer than CI's."""
+    import pytest  # not in every worker
+
+    chosen = STORES if in_ci or FACTOR > 1 else {"alone": 1}
+    return pytest.mark.parametrize("num_shards", chosen.values(), ids=chosen)
+
+
 def wait_until(condition: Callable[[], Any], what: str, within: float = WITHIN_S) -> Any:
     """Wait until a condition holds, and return what it gave. Raises AssertionError when it takes too long."""
     deadline = time.monotonic() + within
