@@ -40,6 +40,18 @@ def times(count: int) -> int:
     return int(count * FACTOR)
 
 
+STORES = {"alone": 1, "shards": 2}
+"""The number of shards of the stores that tests run with."""
+
+
+def with_shards(*, in_ci: bool = True) -> Any:
+    """Run a test with a store alone and with shards; not `in_ci` with shards only in runs that are longer than CI's."""
+    import pytest  # not in every worker
+
+    chosen = STORES if in_ci or FACTOR > 1 else {"alone": 1}
+    return pytest.mark.parametrize("num_shards", chosen.values(), ids=chosen)
+
+
 def wait_until(condition: Callable[[], Any], what: str, within: float = WITHIN_S) -> Any:
     """Wait until a condition holds, and return what it gave. Raises AssertionError when it takes too long."""
     deadline = time.monotonic() + within
@@ -237,17 +249,25 @@ class Worker:
 def published(savefile: str, *, killed: bool = False) -> dict[tuple[str, int, str], dict[str, Any]]:
     """The rows of spectra and covariances together, by phase, step and layer; each there once, and in both.
 
-    But for the covariances of one window: a writer that is killed may have written those and not yet the spectra.
+    But for the covariances of one window: a writer that is killed may have written those and not yet the spectra. The
+    covariances are arrays.
     """
-    spectra, covariances = (
-        {(row["phase"], row["step"], row["layer"]): row for row in table.to_pylist()}
-        for table in (delve_ray.read_spectra(savefile), delve_ray.read_covariances(savefile))
-    )
-    assert len(spectra) == delve_ray.read_spectra(savefile).num_rows, "no row twice"
+    tables = delve_ray.read_spectra(savefile), delve_ray.read_covariances(savefile)
+    spectra, covariances = ({(row["phase"], row["step"], row["layer"]): row for row in _rows(t)} for t in tables)
+    assert (len(spectra), len(covariances)) == tuple(table.num_rows for table in tables), "no row twice"
     assert spectra.keys() <= covariances.keys()
     ahead = {(phase, step) for phase, step, _ in covariances.keys() - spectra.keys()}
     assert not ahead or (killed and len(ahead) == 1 and max(ahead)[1] > max(step for _, step, _ in spectra))
     return {key: covariances[key] | row for key, row in spectra.items()}
+
+
+def _rows(table: Any) -> list[dict[str, Any]]:
+    """The rows of a table; the values of many covariances would take long as Python's numbers."""
+    rows: list[dict[str, Any]] = table.drop_columns(set(table.column_names) & {"covariance"}).to_pylist()
+    if "covariance" in table.column_names:
+        for row, packed in zip(rows, table.column("covariance"), strict=True):
+            row["covariance"] = packed.values.to_numpy()
+    return rows
 
 
 OF_A_WINDOW = ("run", "attempt", "revision", "workers", "world_size", "final", "samples", "wall_time")
@@ -279,7 +299,7 @@ def _check_row(row: Mapping[str, Any], rows: F64) -> None:
     """Compare what was published of a layer in a step with these rows."""
     reference = two_pass_covariance(rows)
     eigenvalues = np.linalg.eigvalsh(reference)[::-1]
-    covariance = unpack_triangle(np.asarray(row["covariance"]), reference.shape[0])
+    covariance = unpack_triangle(row["covariance"], reference.shape[0])
     assert row["samples"] == len(rows), row["step"]
     assert np.abs(covariance - reference).max() < TOLERANCE * eigenvalues[0], row["step"]
     assert np.abs(np.asarray(row["eigenvalues"]) - eigenvalues).max() < TOLERANCE * eigenvalues[0], row["step"]

@@ -25,6 +25,7 @@ from delve_ray.store.protocol import StoreConfig
 from tests.chaos.processes import (
     NEVER_S,
     STATS,
+    STORES,
     Worker,
     check_rows,
     family,
@@ -35,6 +36,7 @@ from tests.chaos.processes import (
     store,
     store_log,
     wait_until,
+    with_shards,
 )
 
 pytestmark = pytest.mark.slow
@@ -100,17 +102,13 @@ def in_ray(savefile: str, name: str, num_shards: int) -> Iterator[Place]:
         yield Place(handle, lambda: statuses(handle), lambda: store_log(*pids))
 
 
-IN_RAY = {"alone": 1, "shards": 2}
-"""The number of shards of the stores that are actors."""
-
-
-@pytest.fixture(params=["in process", *(pytest.param(name, marks=pytest.mark.ray) for name in IN_RAY)])
+@pytest.fixture(params=["in process", *(pytest.param(name, marks=pytest.mark.ray) for name in STORES)])
 def place(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Callable[[str], Any]:
     """What makes a store of a savefile."""
     if request.param == "in process":
         return lambda savefile: in_process(savefile, caplog)
     request.getfixturevalue("ray_session")
-    return lambda savefile: in_ray(savefile, request.node.name, IN_RAY[request.param])
+    return lambda savefile: in_ray(savefile, request.node.name, STORES[request.param])
 
 
 # --- full disks ----------------------------------------------------------------------------------------
@@ -175,7 +173,7 @@ def test_rows_wait_for_a_full_disk(disk: Path, filled: str, place: Callable[[str
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("num_shards", IN_RAY.values(), ids=IN_RAY)
+@with_shards()
 def test_a_run_that_ends_on_a_full_disk_is_written_once_there_is_room(
     disk: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, num_shards: int
 ) -> None:

@@ -32,19 +32,19 @@ from tests.chaos.processes import (
     store,
     times,
     wait_until,
+    with_shards,
     workers,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-FEATURES: dict[int, Sequence[int]] = {1: (600,), 2: (700, 690)}
+FEATURES: dict[int, Sequence[int]] = {1: (600,), 2: (600, 590)}
 """Of the layers, by the number of shards: each has one."""
 MAX_MEMORY = 160 << 20
 EVERY = 50
 """Batches per window of the worker that is measured; any other rank has one."""
 PROCESS_BYTES = 48 << 20
 """What a store's process may take beside its moments: imports at the first use, and what its allocator keeps."""
-SHARDS = pytest.mark.parametrize("num_shards", FEATURES, ids=["alone", "shards"])
 
 
 def delta_bytes(num_shards: int) -> int:
@@ -185,10 +185,10 @@ def expected(steps: list[int], batches: dict[int, Any], num_shards: int) -> dict
     return {step: outputs(step, batches, model) for step in steps}
 
 
-@SHARDS
+@with_shards()
 def test_a_worker_whose_store_has_stopped_keeps_to_its_memory(savefile: str, tmp_path: Path, num_shards: int) -> None:
     """With shards, the first of them stops."""
-    windows, stops = times(10_000 // EVERY if num_shards == 1 else 66), num_shards - 1
+    windows, stops = times(10_000 // EVERY if num_shards == 1 else 90), num_shards - 1
     recorded = windows * delta_bytes(num_shards)
     assert recorded > 1.5 * MAX_MEMORY, "it would not fit"
     found, _ = train_apart(tmp_path, savefile, tmp_path / "spill", windows, 1, num_shards, stops)
@@ -203,7 +203,7 @@ def test_a_worker_whose_store_has_stopped_keeps_to_its_memory(savefile: str, tmp
     assert not list((tmp_path / "spill").iterdir()), "what waited there has arrived"
 
 
-@SHARDS
+@with_shards()
 def test_rows_that_neither_memory_nor_disk_holds_are_given_up_and_missed(
     savefile: str, tmp_path: Path, num_shards: int
 ) -> None:

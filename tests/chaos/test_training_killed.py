@@ -1,7 +1,7 @@
 """Workers that are killed, stopped, restarted or silent in the middle of a training: the rows say what they hold.
 
-The store is one actor, or a front and shards. Ray Train takes long to start its workers, so each has two trackers, one
-of them with shards.
+The store is one actor, or a front and shards; what CI leaves out with shards, tests/store/test_sharded.py does in one
+process. Ray Train takes long to start its workers, so each has two trackers, one of them with shards.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tests.chaos.processes import (
     store,
     store_log,
     wait_until,
+    with_shards,
     workers,
 )
 
@@ -41,11 +42,6 @@ CLOSE_TO = 1e-9
 """Relative difference of two runs that saw the same rows."""
 FEATURES = (6, 9, 4)
 """Of the layers that plain actors have: two shards have some each."""
-
-
-@pytest.fixture(params=[1, 2], ids=["alone", "shards"])
-def num_shards(request: pytest.FixtureRequest) -> int:
-    return int(request.param)
 
 
 def rows_of(step: int, batches: Mapping[int, Iterable[int]]) -> Any:
@@ -181,6 +177,7 @@ def trained(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return plain, killed, second_start(folder / "killed")
 
 
+@with_shards()
 def test_a_killed_and_resumed_training_has_the_rows_of_an_undisturbed_one(
     trained: tuple[str, str, int], num_shards: int
 ) -> None:
@@ -242,6 +239,7 @@ def grown(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return fit(grow, folder, "growing", 2), second_start(folder / "growing")
 
 
+@with_shards()
 def test_a_training_that_is_started_again_may_have_more_workers(grown: tuple[str, int], num_shards: int) -> None:
     results, second = grown
     savefile = os.path.join(results, SAVEFILES[num_shards])
@@ -256,6 +254,7 @@ def test_a_training_that_is_started_again_may_have_more_workers(grown: tuple[str
 # --- plain actors --------------------------------------------------------------------------------------
 
 
+@with_shards()
 def test_a_resumed_run_may_have_another_world_size(savefile: str, num_shards: int) -> None:
     import ray
 
@@ -281,6 +280,7 @@ def test_a_resumed_run_may_have_another_world_size(savefile: str, num_shards: in
     assert [(a["attempt"], a["world_size"]) for a in run_file(savefile)["attempts"]] == [(0, 2), (1, 3)]
 
 
+@with_shards(in_ci=False)
 def test_a_dead_rank_is_missed_by_name_and_what_it_had_shipped_counts(savefile: str, num_shards: int) -> None:
     import ray
 
@@ -312,6 +312,7 @@ def test_a_dead_rank_is_missed_by_name_and_what_it_had_shipped_counts(savefile: 
     assert [part["problems"] for part in status] == [[]] * len(status)
 
 
+@with_shards(in_ci=False)
 def test_a_stopped_rank_corrects_the_rows_when_it_goes_on(savefile: str, num_shards: int) -> None:
     import ray
 
@@ -341,6 +342,7 @@ def test_a_stopped_rank_corrects_the_rows_when_it_goes_on(savefile: str, num_sha
     assert run_file(savefile)["end"]["problems"] == []
 
 
+@with_shards(in_ci=False)
 def test_deltas_of_an_attempt_that_was_replaced_change_nothing(savefile: str, num_shards: int) -> None:
     import ray
 
@@ -367,7 +369,7 @@ def test_deltas_of_an_attempt_that_was_replaced_change_nothing(savefile: str, nu
         ray.get([w.window.remote(3, everything) for w in new])
         ray.get([w.call.remote("close") for w in new])
     after = published(savefile)
-    assert {key: after[key] for key in before} == before
+    np.testing.assert_equal({key: after[key] for key in before}, before)
     rows = check_rows(savefile, {s: rows_of(s, dict.fromkeys(range(2), everything)) for s in range(4)})
     assert [(row["attempt"], row["workers"]) for row in rows] == [(0, 2), (1, 2), (1, 2), (1, 2)]
 

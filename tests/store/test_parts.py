@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from delve_ray.errors import StoreError
 from delve_ray.schema import LayerRow, PublishedWindow
 from delve_ray.storage import Storage
 from delve_ray.store import parts
@@ -134,6 +136,32 @@ def test_what_was_handed_over_and_not_written_outlives_a_kill(
     if killed != "a shard":
         until(lambda: PENDING in [lives.front.reached.part_state(shard, 0, WINDOWS - 1, 0) for shard in range(2)])
     full()
+    sender.until_there()
+    sender.leave()
+    assert lives.reached.wait_finished(60), lives.reached.status()
+    check(str(tmp_path), sent, workers=1)
+
+
+@pytest.mark.parametrize(("dies_before", "ahead"), [("covariances/", 0), ("spectra/", 1)])
+def test_a_front_that_dies_in_the_middle_of_a_window_writes_it_anew(
+    tmp_path: Path, dies_before: str, ahead: int
+) -> None:
+    lives = mortal(tmp_path, 2, world_size=1)
+    sender = Sender(lives.reached, 0, lives.config)
+    rng = np.random.default_rng(8)
+    sent = {step: [some_rows(rng, 1.0)] for step in range(2)}
+    sender.add(*sent[0], 0, True)
+    sender.until_there()
+    until(lambda: len(list(tmp_path.glob("spectra/*.parquet"))) == 1)
+    storage = lives.front.life.storage
+    storage.dies_before = dies_before
+    sender.add(*sent[1], 1, True)
+    with contextlib.suppress(StoreError):  # the front may be gone before it answers
+        sender.offer()
+    until(lambda: not storage.alive)
+    files = {kind: len(list(tmp_path.glob(f"{kind}/*.parquet"))) for kind in ("spectra", "covariances")}
+    assert files == {"spectra": 1, "covariances": 1 + ahead}
+    lives.kill(process=lives.front)
     sender.until_there()
     sender.leave()
     assert lives.reached.wait_finished(60), lives.reached.status()
