@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.leftovers import left_of, running
@@ -29,6 +32,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):  # which knows the marker; not with `-p no:xdist`
         for item in items:
             item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else "plain"))
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers() -> None:
+    """Seeds the process's generators, so that a test has the same numbers whichever came before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "tests.stores" in sys.modules:
+        sys.modules["tests.stores"].restart()
 
 
 @pytest.fixture(autouse=True)

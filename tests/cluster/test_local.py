@@ -46,7 +46,6 @@ def local(
 ) -> tuple[int, str, str]:
     """Run local.py; its status, output and errors. Fails where it leaves processes or temporary files behind."""
     mark = uuid.uuid4().hex
-    before = set(Path("/tmp").glob("ray-*"))
     process = subprocess.Popen(
         [sys.executable, CLUSTER / "local.py", *arguments],
         cwd=directory,
@@ -67,7 +66,7 @@ def local(
         for pid in started_with(mark):
             os.kill(pid, signal.SIGKILL)
     assert not left, output + errors
-    assert set(Path("/tmp").glob("ray-*")) <= before
+    assert list(Path("/tmp").glob(f"ray-{process.pid}-*")) == []
     return process.returncode, output, errors
 
 
