@@ -14,6 +14,9 @@ import pytest
 
 from tests.leftovers import left_of, running
 
+# What a launcher or a terminal around the tests says is not meant for their trackers and commands.
+for _name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "RAY_ADDRESS", "COLUMNS"):
+    os.environ.pop(_name, None)
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
