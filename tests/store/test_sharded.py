@@ -255,31 +255,6 @@ def test_a_new_attempt_replaces_what_it_replays(tmp_path: Path) -> None:
     check(str(tmp_path), sent, workers=1)
 
 
-def test_where_no_thread_can_be_started_one_shard_is_asked_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As in a script that ends without having closed its tracker."""
-    rng = np.random.default_rng(0)
-    sharded = Sharded(str(tmp_path), 3, world_size=1)
-    worker = Worker(sharded.store, 0, sharded.config)  # type: ignore[arg-type]
-    sent = [some_rows(rng, 1.0) for _ in range(2)]
-    sharded.store.take(*with_widths(worker, sent[0], 0, False))
-
-    def refuse(*_: object) -> None:
-        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
-
-    with monkeypatch.context() as ending:
-        ending.setattr("delve_ray.store.sharded.ThreadPoolExecutor.submit", refuse)
-        sharded.store.take(*with_widths(worker, sent[1], 0, True))
-        first, sharded.shards[0] = sharded.shards[0], None
-        with pytest.raises(StoreError, match="it is gone"):
-            sharded.store.heartbeat(worker.source)
-        sharded.shards[0] = first
-        worker.leave()
-    assert sharded.store.wait_finished(60)
-    check(str(tmp_path), {0: sent}, workers=1)
-
-
 # --- failures ------------------------------------------------------------------------------------------------
 
 
