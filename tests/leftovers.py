@@ -45,6 +45,7 @@ def kill(store: Any) -> None:
             saver._changed.notify_all()
     if publisher is not None:
         for writer in publisher.writers:
+            getattr(writer.writer, "stop_waiting", lambda: None)()  # for a front, which may be gone
             with writer._changed:
                 writer._ending = writer._stopping = True
                 writer._changed.notify_all()
