@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import logging
 import os
+import random
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.leftovers import left_of, running
 
+# What a launcher or a terminal around the tests says is not meant for their trackers and commands.
+for _name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "RAY_ADDRESS", "COLUMNS"):
+    os.environ.pop(_name, None)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a shell starts what it puts into the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # the programs that tests start get it from here
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
@@ -29,6 +38,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.pluginmanager.hasplugin("xdist"):  # which knows the marker; not with `-p no:xdist`
         for item in items:
             item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else "plain"))
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers() -> None:
+    """Seeds the process's generators, so that a test has the same numbers whichever came before it."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+    if "tests.stores" in sys.modules:
+        sys.modules["tests.stores"].restart()
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,6 @@ class Crew:
         return [results[index] for index in range(len(tasks))]
 
     def close(self) -> None:
-        """End the threads, those at work once they have ended it; nothing is run from now on."""
+        """End the threads, those at work once they have ended it; from now on the caller's does it all."""
         if self._pool is not None:
             self._pool.shutdown(wait=False)

@@ -8,8 +8,9 @@ hears of is in the shards. What the stores answer becomes one answer: a delta is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
@@ -59,7 +60,7 @@ class ShardedStore:
         # Threads of this call alone: a rank that leaves has nothing to end, and they cost less than an answer.
         pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
         try:
-            running = [pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
+            running = [_begun(pool, partial(call, index, shard)) for index, shard in enumerate(self.shards)]
             errors = [error for future in running if (error := future.exception()) is not None]
         finally:
             pool.shutdown(wait=False)
@@ -240,6 +241,19 @@ class LocalShards(ShardedStore):
             else:  # it has nothing, and nobody has come with something
                 self.local_front.shard_done(index)
         self.local_front.finish(why)
+
+
+def _begun(pool: ThreadPoolExecutor, call: Callable[[], T]) -> Future[T]:
+    """A call in one of a pool's threads; in this one where the interpreter ends and starts no more of them."""
+    try:
+        return pool.submit(call)
+    except RuntimeError:
+        done: Future[T] = Future()
+    try:
+        done.set_result(call())
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 def _without_moments(delta: Delta) -> Delta:

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 
 from delve_ray.store.crew import Crew
+from tests.chaos.harness import eventually
 
 
 @pytest.mark.parametrize("threads", [0, 1, 2, 5])
@@ -20,7 +21,7 @@ def test_results_come_in_the_order_of_the_tasks(threads: int, count: int) -> Non
 
 
 def test_tasks_run_side_by_side() -> None:
-    met = threading.Barrier(3, timeout=20)
+    met = threading.Barrier(3, timeout=60)
     assert sorted(Crew(3).run([met.wait] * 3)) == [0, 1, 2], "each waits for the others"
 
 
@@ -52,6 +53,15 @@ def test_an_error_is_raised_once_what_is_under_way_has_ended() -> None:
         Crew(1).run([fail, *later])
     assert begun == []
     assert crew.run([lambda: 1, lambda: 2]) == [1, 2], "it goes on"
+
+
+def test_a_crew_that_is_closed_has_no_threads() -> None:
+    crew, met = Crew(3, "delve_ray-test"), threading.Barrier(3, timeout=60)
+    crew.run([met.wait] * 3)
+    assert sum(thread.name.startswith("delve_ray-test") for thread in threading.enumerate()) == 2
+    crew.close()
+    eventually(lambda: not any(thread.name.startswith("delve_ray-test") for thread in threading.enumerate()))
+    assert crew.run([partial(pow, 3, k) for k in range(5)]) == [1, 3, 9, 27, 81], "the caller does it all"
 
 
 def test_where_no_thread_can_be_started_the_caller_does_it_all() -> None:

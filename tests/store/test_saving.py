@@ -18,6 +18,7 @@ from delve_ray.storage import Data, Storage
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.saving import Saver
 from delve_ray.writers.base import Scalar
+from tests.leftovers import running
 from tests.stores import Worker, config, rows, until
 from tests.windows import START
 
@@ -283,3 +284,13 @@ def test_snapshots_lie_on_any_filesystem_and_a_damaged_one_is_set_aside_there(sa
     assert found.n == 9
     assert np.allclose(found.mean, sent.mean(0), rtol=1e-12)
     assert remote.exists(f"store/damaged-{newest.rpartition('/')[2]}")
+
+
+def test_a_store_that_nobody_has_joined_ends_without_a_snapshot(savefile: str) -> None:
+    before = running()
+    store, _ = begin(savefile)
+    assert len(running() - before) == 1, "its saver"
+    assert store.abandon()
+    until(lambda: running() <= before)
+    assert store.abandon()
+    assert not os.path.exists(os.path.join(savefile, "store"))
