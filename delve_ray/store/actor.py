@@ -131,9 +131,9 @@ class StoreActor:
             raise StoreError(f"the store of run {self._run!r} has no shards")
         return store
 
-    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
+    def accept(self, shard: int, part: PublishedWindow, first: int | None = None, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.accept`."""
-        self._front_store.accept(shard, part, problems)
+        self._front_store.accept(shard, part, first, problems)
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""

@@ -16,7 +16,7 @@ from delve_ray.storage import Storage
 from delve_ray.store.attempt import Attempt
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.earlier import Earlier, final_windows, read_parts
-from delve_ray.store.parts import PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
+from delve_ray.store.parts import GIVEN_UP, PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.state import State
 from delve_ray.store.window import Job, Window
@@ -52,8 +52,8 @@ class FrontStore(CovarianceStore):
 
     # --- called by the shards ----------------------------------------------------------------------------------
 
-    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
-        """Take a shard's part of a window, and what it could not publish.
+    def accept(self, shard: int, part: PublishedWindow, first: int | None = None, problems: Sequence[str] = ()) -> None:
+        """Take a shard's part of a window, and what it could not publish; see `parts.Front.accept`.
 
         Raises StoreError for one of an attempt that is not known yet, or where the files cannot be read.
         """
@@ -69,7 +69,7 @@ class FrontStore(CovarianceStore):
                     return
                 window = attempt.windows[part.window] = self._reopened(attempt, part)
             if part.final:
-                self._pass_over(attempt, shard, part.window)
+                self._pass_over(attempt, shard, part.window if first is None else first)
             parts = self._parts.get((part.attempt, part.window))
             if parts is None:
                 parts = self._parts[part.attempt, part.window] = Parts(newest=dict(written))
@@ -109,6 +109,8 @@ class FrontStore(CovarianceStore):
                 return WRITTEN if window not in known.windows and window < known.published else UNKNOWN
             if parts.written.get(shard, -1) >= revision:
                 return WRITTEN
+            if parts.given_up.get(shard, -1) >= revision:
+                return GIVEN_UP
             newest = parts.newest.get(shard)
             return UNKNOWN if newest is None or newest.revision < revision else PENDING
 
@@ -216,12 +218,19 @@ class FrontStore(CovarianceStore):
         return jobs
 
     def written(self, job: Job, everywhere: bool) -> None:
-        """Every writer has written a window; its shards may let go of it."""
+        """Every writer has written a window, or given it up; its shards may let go of it.
+
+        One that was given up stays open, as in a store without shards: a recovery may have something for it.
+        """
         with self._lock:
             parts = self._parts.get((job.attempt, job.ordinal))
-            if parts is None or not everywhere:
+            if parts is None:
                 return
-            parts.written |= {shard: part.revision for shard, part in (job.parts or {}).items()}
+            revisions = {shard: part.revision for shard, part in (job.parts or {}).items()}
+            if not everywhere:
+                parts.give_up(revisions, self.config.num_shards)
+                return
+            parts.written |= revisions
             for attempt in self.attempts:
                 if attempt.number == job.attempt:
                     attempt.windows[job.ordinal].unwritten -= 1

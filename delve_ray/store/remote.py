@@ -204,9 +204,9 @@ class RemoteStore:
         if ray.is_initialized():
             ray.kill(self.handle, no_restart=True)
 
-    def accept(self, shard: int, part: PublishedWindow, problems: Sequence[str] = ()) -> None:
+    def accept(self, shard: int, part: PublishedWindow, first: int | None = None, problems: Sequence[str] = ()) -> None:
         """See `FrontStore.accept`."""
-        self._call("accept", shard, part, tuple(problems))
+        self._call("accept", shard, part, first, tuple(problems))
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""

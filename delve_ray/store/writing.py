@@ -29,6 +29,10 @@ _GRACE_S = 1.0
 """How long a thread that was told to stop may take to say what it gave up."""
 
 
+class GivenUp(Exception):
+    """What a writer raises that will never write an item, and knows it."""
+
+
 class WriterThread:
     """One writer on its own thread: its failures and its slowness are its own.
 
@@ -57,6 +61,8 @@ class WriterThread:
         self._queue: OrderedDict[Item, None] = OrderedDict()
         self._live: dict[tuple[int, int], Item] = {}  # of the queue, by window
         self._given_up: deque[Item] = deque()  # their `done` has yet to be called
+        # Only a shard's writer has it: it may begin with a window before it is asked to write it.
+        self._on_queued = getattr(writer, "on_queued", None)
         self._current: Item | None = None
         self._bytes = 0
         self._lost: dict[tuple[int, int], int] = {}  # windows given up, by revision, and not made good since
@@ -86,6 +92,8 @@ class WriterThread:
             revision=window.revision,
             live=not window.final,
         )
+        if self._on_queued is not None:
+            self._on_queued(window)
         self._put(item)
 
     def write_scalars(self, scalars: list[Scalar], done: Done | None = None) -> None:
@@ -276,7 +284,7 @@ class WriterThread:
             item.failing_since = item.failing_since or now
             self._trouble_since = self._trouble_since or now
             item.faults += fault
-            if lost := item.faults >= MAX_TRIES:
+            if lost := item.faults >= MAX_TRIES or isinstance(error, GivenUp):
                 self.failed += 1
                 self._lose(item, reason)
         if lost:

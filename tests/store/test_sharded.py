@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -454,6 +455,67 @@ def test_who_is_turned_away_ends_no_shard_of_one_who_joins(tmp_path: Path) -> No
     unused = Sharded(str(tmp_path / "unused"), 2, world_size=1)
     assert unused.store.abandon()
     assert all(store.finished for store in (unused.front, *unused.shards))
+
+
+class Away(Keeper):
+    """A writer whose place is away until it is told otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__("away")
+        self.back = threading.Event()
+
+    def write(self, window: PublishedWindow) -> None:
+        assert self.back.wait(30)
+        super().write(window)
+
+
+def with_writers(savefile: Path, *writers: Keeper) -> ShardedStore:
+    options = config(savefile=str(savefile), num_shards=2, world_size=1, save_to=("parquet",))
+    front = FrontStore(options, writers=writers)
+    shards = [ShardStore(shard_config(options, index), writers=[PartWriter(index, lambda: front)]) for index in (0, 1)]
+    return ShardedStore(front, shards)
+
+
+def sent_to(store: ShardedStore, steps: int) -> tuple[Worker, list[dict[tuple[int, int], F64]]]:
+    worker, rng = Worker(store, 0, store.settings()), np.random.default_rng(0)  # type: ignore[arg-type]
+    sent = [some_rows(rng, 1.0) for _ in range(steps)]
+    for step, rows in enumerate(sent):
+        store.take(*with_widths(worker, rows, step, True))
+    return worker, sent
+
+
+def samples(windows: list[PublishedWindow]) -> list[list[int]]:
+    return [[row.samples for row in window.rows] for window in windows]
+
+
+def test_windows_are_published_while_what_writes_them_is_away(tmp_path: Path) -> None:
+    """Their metrics are there, as with one store, and then the rows in their order."""
+    away, there = Away(), Keeper("there")
+    store = with_writers(tmp_path, away, there)
+    worker, sent = sent_to(store, 4)
+    until(lambda: store.progress().published == 4, "the windows behind the first")
+    assert store.progress().metrics["trace/train/layer0"] == pytest.approx(np.var(sent[3][0, 0], axis=0).sum())
+    assert away.windows == []
+    away.back.set()
+    worker.leave()
+    assert store.wait_finished(60)
+    for keeper in (away, there):
+        assert [window.step for window in keeper.windows] == [0, 1, 2, 3]
+        assert samples(keeper.windows) == [[len(rows[key]) for key in sorted(rows)] for rows in sent]
+    assert store.progress().problems == ()
+
+
+def test_a_writer_that_gives_up_holds_back_no_window(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = Keeper("good")
+    store = with_writers(tmp_path, good, Keeper("bad", fail=True))
+    worker, sent = sent_to(store, 3)
+    until(lambda: len(good.windows) == 3, "the windows behind the one that a writer has given up")
+    assert samples(good.windows) == [[len(rows[key]) for key in sorted(rows)] for rows in sent]
+    worker.leave()
+    assert store.wait_finished(60)
+    (problem,) = [said for said in store.progress().problems if said.startswith("writer")]
+    assert problem.startswith("writer bad did not write 3 windows")
+    assert "writer front failed to write" not in caplog.text, "what is given up is not tried again"
 
 
 def test_what_one_shard_refuses_changes_no_other_answer(tmp_path: Path) -> None:
