@@ -90,13 +90,15 @@ class FrontStore(CovarianceStore):
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
 
-    def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> None:
-        """Note what a final part tells a front that was started anew: its shard's earlier windows are written."""
+    def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> bool:
+        """Note that a shard's windows before one are written, where a front was started anew; whether it was news."""
+        passed = False
         for before, window in attempt.windows.items():
             parts = self._parts.get((attempt.number, before))
             if before < ordinal and not window.published and (parts is None or shard not in parts.newest):
-                window.published = True
+                window.published = passed = True
                 attempt.published = max(attempt.published, before + 1)
+        return passed
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `parts.Front.part_state`."""
@@ -104,6 +106,8 @@ class FrontStore(CovarianceStore):
             known = self._attempt(attempt)
             if known is None:
                 return WRITTEN
+            if self._pass_over(known, shard, window):  # a shard asks for its windows one after the other
+                self._advance(known)
             parts = self._parts.get((attempt, window))
             if parts is None:
                 return WRITTEN if window not in known.windows and window < known.published else UNKNOWN

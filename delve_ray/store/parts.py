@@ -50,7 +50,10 @@ class Front(Protocol):
         """
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
-        """Whether a part, or a newer one, is `UNKNOWN`, `PENDING`, `WRITTEN` or, by some writer, `GIVEN_UP`."""
+        """Whether a part, or a newer one, is `UNKNOWN`, `PENDING`, `WRITTEN` or, by some writer, `GIVEN_UP`.
+
+        A shard asks until it is one of the last two, and only then for its next window.
+        """
 
     def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
         """A shard has published everything, but for what these say."""
@@ -103,9 +106,7 @@ class PartWriter:
             pause = PAUSE_S[0]
             while True:
                 state = front.part_state(self._shard, *_key(window))
-                if state == WRITTEN:
-                    return
-                if state == GIVEN_UP:
+                if state in (WRITTEN, GIVEN_UP):
                     break
                 if state == UNKNOWN:  # it has not had it, or was started anew
                     self._accept(front, window)
@@ -113,7 +114,10 @@ class PartWriter:
                 pause = min(2 * pause, PAUSE_S[1])
         except DelveRayError as error:
             raise OSError(f"the front of the run does not take it: {error}") from error
-        raise GivenUp("by a writer of the run, whose problems say which")
+        with self._changed:
+            self._offered.pop(_key(window), None)
+        if state == GIVEN_UP:
+            raise GivenUp("by a writer of the run, whose problems say which")
 
     def _wait_offered(self, window: PublishedWindow) -> None:
         """Wait until a window was offered ahead; all that were queued before it are written, or given up."""

@@ -94,3 +94,9 @@ def test_a_store_whose_storage_is_away_is_restored_when_it_is_back(
     assert store._core.config.resume
     said = [record for record in caplog.records if "run r: the store cannot be restored: " in record.message]
     assert [bool(record.exc_info) for record in said] == [traced] * 2
+
+
+@pytest.mark.parametrize(("alive", "shards"), [(0, 1), (1, 1), (5, 5), (20, 8)])
+def test_auto_is_a_shard_for_each_node_that_is_alive(monkeypatch: pytest.MonkeyPatch, alive: int, shards: int) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * alive + [{"Alive": False}] * 3)
+    assert actor._auto_shards() == shards

@@ -457,6 +457,22 @@ def test_who_is_turned_away_ends_no_shard_of_one_who_joins(tmp_path: Path) -> No
     assert all(store.finished for store in (unused.front, *unused.shards))
 
 
+def test_a_front_that_was_started_anew_is_told_which_windows_are_written(tmp_path: Path) -> None:
+    """By who asks for a later one, be it that this was handed over when the one before was not written yet."""
+    options = config(savefile=str(tmp_path), num_shards=1, world_size=1, save_to=("parquet",))
+    front = FrontStore(options, writers=[Keeper()])
+    worker = Worker(front, 0, options)
+    for step in (0, 1):  # of window 0 it knows nothing more
+        worker.send({}, step, True)
+    later = PublishedWindow("r", 0, 1, 1, 0, True, 1, 1, time_now(), [])
+    front.accept(0, later, first=0)
+    assert front.part_state(0, 0, 0, 0) == UNKNOWN
+    assert front.progress().published == 0, "window 0 may still come"
+    assert front.part_state(0, 0, 1, 0) in (PENDING, WRITTEN)
+    until(lambda: front.part_state(0, 0, 1, 0) == WRITTEN)
+    assert front.progress().published == 2
+
+
 class Away(Keeper):
     """A writer whose place is away until it is told otherwise."""
 
