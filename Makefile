@@ -22,6 +22,9 @@ INPUTS := pyproject.toml $(CONSTRAINTS)
 install = echo 'Installing $(2) into $(1) (minutes, the first time)' && \
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) $(2)
 
+# Two processes: one for the tests that start Ray, one for the others (tests/conftest.py). Alone: PYTEST_ARGS="-n 0".
+PYTEST = -m pytest -n 2 --dist loadgroup
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
@@ -37,10 +40,10 @@ examples: $(VENV)/.stamp-examples ## run every example
 	@set -e; for f in examples/*.py; do echo "== $$f"; $(VENV)/bin/python "$$f"; done
 
 test: $(VENV)/.stamp-test ## all tests; PYTEST_ARGS="-k moments" for some of them
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python $(PYTEST) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.stamp-test ## the tests that take no more than a few seconds
-	@$(VENV)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(VENV)/bin/python $(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-versions: ## the integration tests with other versions: RAY=2.51.0 TORCH=2.9.1
 	@test -n "$(RAY)" -a -n "$(TORCH)" || { echo "Say which: make test-versions RAY=2.51.0 TORCH=2.9.1" >&2; exit 1; }

@@ -89,7 +89,9 @@ def main():
         arguments.storage = str(Path(arguments.storage).absolute())
 
     # Short, because Ray puts sockets below it, whose paths may have 107 bytes.
-    scratch = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    base = os.environ.get("RAY_TMPDIR") or "/tmp"
+    os.makedirs(base, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix="ray-", dir=base)
     # Before Ray is imported: its files go there and nowhere else, and nobody else reaches the cluster.
     os.environ |= {"RAY_TMPDIR": scratch, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}

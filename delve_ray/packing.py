@@ -32,10 +32,17 @@ class Pending:
     harvest: Harvest
     scalars: list[Scalar]
     complete: bool = True
+    _packed_bytes: int | None = None
+
+    def hand_over(self) -> None:
+        """From now on the accumulators are the packer's, who changes them: what they hold is as it is now."""
+        self._packed_bytes = self.nbytes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the accumulators and their samples."""
+        """Bytes of the accumulators and their samples; of those that the packer has, as many as it was given."""
+        if self._packed_bytes is not None:
+            return self._packed_bytes
         samples = [accumulator.reservoir for accumulator in self.harvest.values()]
         held = sum(accumulator.held_bytes for accumulator in self.harvest.values())
         return held + sum(sample.held_bytes for sample in samples if sample is not None)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from delve_ray.analysis.reading import read_covariances
+from delve_ray.analysis.reading import read_covariances, read_spectra
 from delve_ray.analysis.run_files import RunPath, find_runs
 from delve_ray.analysis.windows import select_windows
 from delve_ray.checks import check_integer
@@ -245,7 +245,7 @@ def _read_window(run: RunPath, layers: Sequence[str] | str | None, phase: str, s
     if not rows.num_rows:
         raise ReadError(
             f'{storage.uri} has no covariances; track it with "cov" among the statistics, such as '
-            f'SaturationTracker(…, save_to="parquet", stats=["lsat", "idim", "cov"])'
+            f'SaturationTracker(…, save_to="parquet", stats=["lsat", "idim", "cov"]); sketched layers have none'
         )
     names = pc.unique(rows.column("run")).to_pylist()
     if len(names) > 1:
@@ -257,7 +257,8 @@ def _read_window(run: RunPath, layers: Sequence[str] | str | None, phase: str, s
     where = f"{storage.uri}, {phase} step {step}"
     window = (pc.field("phase") == phase) & (pc.field("step") == step)
     seen = {row["layer"]: row["samples"] for row in rows.filter(window).to_pylist()}
-    chosen = _choose_layers(layers, list(seen), where)
+    sketched = read_spectra(storage, ["layer"], window & pc.field("sketched")).column("layer").to_pylist()
+    chosen = _choose_layers(layers, list(seen), sketched, where)
     if empty := [name for name in chosen if not seen[name]]:
         raise ReadError(f"{where}: {_some(empty)} had no finite row there; choose another step, or other layers=[…]")
     table = read_covariances(
@@ -271,20 +272,29 @@ def _read_window(run: RunPath, layers: Sequence[str] | str | None, phase: str, s
     return _Window(where, moments, *_recorded_with(storage))
 
 
-def _choose_layers(layers: Sequence[str] | str | None, names: list[str], where: str) -> list[str]:
-    """The layers of a window that names and patterns choose, in its order."""
-    if layers is None:
-        return names
-    given: Any = [layers] if isinstance(layers, str) else layers
+def _choose_layers(layers: Sequence[str] | str | None, names: list[str], sketched: list[str], where: str) -> list[str]:
+    """The layers of a window that names and patterns choose, in its order; sketched ones have no covariance."""
+    given: Any = ["*"] if layers is None else [layers] if isinstance(layers, str) else layers
     if not isinstance(given, Sequence) or not given or not all(isinstance(pattern, str) for pattern in given):
         raise OptionError(f'layers={layers!r} is not a list of names or patterns over names, such as ["encoder.*"]')
     chosen: set[str] = set()
     for pattern in given:
-        fitting = [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
+        fitting, without = (_fitting(pattern, among) for among in (names, sketched))
+        if not fitting and without:
+            raise ReadError(
+                f"layers has {pattern!r}, of which {where} has sketches alone, and no covariance: {_some(without)}; "
+                f"record them with max_features of their width, or choose others"
+            )
         if not fitting:
             raise ReadError(f"layers has {pattern!r}, which fits nothing in {where}; its layers: {_some(names)}")
+        if without:
+            log.warning("%s: sketched layers have no covariance and are not projected: %s", where, _some(without))
         chosen.update(fitting)
     return [name for name in names if name in chosen]
+
+
+def _fitting(pattern: str, names: list[str]) -> list[str]:
+    return [pattern] if pattern in names else [name for name in names if fnmatchcase(name, pattern)]
 
 
 def _recorded_with(storage: Storage) -> tuple[RowOptions, float]:

@@ -76,6 +76,7 @@ def recover(
         return []
     outcomes = [_take(store, name, parcel) for name, parcel in parcels]
     if not store.joined:
+        store.abandon()
         return outcomes
     store.finish("recovered")
     if not store.wait_finished(TIMEOUT_S):

@@ -6,7 +6,8 @@ the files later, so they live here, apart from the code that computes rows and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -50,6 +51,8 @@ EXTRA_STATS = (
     "rankme",
 )
 """Further ones, each from the decomposition of another matrix: computed only where they are asked for by name."""
+INTERVAL = ("saturation_low", "saturation_high")
+"""What a sketched layer has beside its saturation, or in place of it: also the first part of metric keys."""
 INTEGER_STATS = frozenset({"intrinsic_dimensionality", "correlation_intrinsic_dimensionality"})
 
 
@@ -247,7 +250,8 @@ def metric_key(stat: str, phase: str, layer: str) -> str:
 def window_metrics(rows: Sequence[LayerRow]) -> dict[str, float]:
     """Metric keys and values of rows: one key per statistic and layer, and the mean over layers.
 
-    The mean is unweighted over the layers whose value is finite; without any it is left out.
+    The mean is unweighted over the layers whose value is finite; without any it is left out. Where layers are sketched,
+    there are the keys of `interval_metrics` as well.
     """
     metrics: dict[str, float] = {}
     finite: dict[tuple[str, str], list[float]] = {}
@@ -258,4 +262,37 @@ def window_metrics(rows: Sequence[LayerRow]) -> dict[str, float]:
                 finite.setdefault((stat, row.phase), []).append(value)
     for (stat, phase), values in finite.items():
         metrics[f"{stat}/{phase}/mean"] = float(np.mean(values))
+    for phase in dict.fromkeys(row.phase for row in rows):
+        own = [row for row in rows if row.phase == phase]
+        metrics |= interval_metrics(
+            phase, [(row.layer, row.stats.get("saturation"), row.saturation_low, row.saturation_high) for row in own]
+        )
+    return metrics
+
+
+def interval_metrics(
+    phase: str, layers: Iterable[tuple[str, float | None, float | None, float | None]]
+) -> dict[str, float]:
+    """Metric keys and values of the ends of saturations, for layers as (name, saturation, low, high).
+
+    Each sketched layer has `saturation_low` and `saturation_high`. Their means are over all layers, of which those that
+    are not sketched have the saturation for both ends: the mean over all layers lies between them, whether or not
+    `saturation/<phase>/mean` could take in all. Nothing where no layer is sketched.
+
+    >>> found = interval_metrics("eval", [("a", 0.5, None, None), ("b", None, 0.1, 0.7)])
+    >>> found["saturation_high/eval/b"], found["saturation_low/eval/mean"], found["saturation_high/eval/mean"]
+    (0.7, 0.3, 0.6)
+    """
+    layers = list(layers)
+    intervals = {layer: (low, high) for layer, _, low, high in layers if low is not None and high is not None}
+    metrics: dict[str, float] = {}
+    for place, stat in enumerate(INTERVAL if intervals else ()):
+        ends: list[float] = []
+        for layer, saturation, *_ in layers:
+            if layer in intervals:
+                ends.append(intervals[layer][place])
+                metrics[metric_key(stat, phase, layer)] = ends[-1]
+            elif saturation is not None and math.isfinite(saturation):
+                ends.append(saturation)
+        metrics[f"{stat}/{phase}/mean"] = float(np.mean(ends))
     return metrics

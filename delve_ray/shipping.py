@@ -228,6 +228,9 @@ class Shipper:
                 if item is None and self._scalars:
                     item = Pending(self._open_window(), self._next_step, False, False, {}, self._take_scalars())
                     self._queue.append(item)
+                if item is not None:
+                    item.hand_over()
+                    self._packing = True
             if item is not None:
                 self._pack_next(item)
             elif time.monotonic() >= next_live:
@@ -236,12 +239,11 @@ class Shipper:
                 next_live = time.monotonic() + every
 
     def _pack_next(self, item: Pending) -> None:
-        self._packing = True
         try:
             delta, buffer = self._pack(item, self.source, self.attempt, self.sent)
             memory = self.recorder.outbox_bytes
             with self._state:
-                waiting = sum(other.nbytes for other in self._queue)
+                waiting = sum(other.nbytes for other in self._queue if other is not item)
             limit = memory + max(0, self.recorder.spare_bytes - waiting)
             self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
             self.sent += 1

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.leftovers import left_of, running
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that start Ray come last, and with `-n 2` into a process of their own.
 
     For a tracker that finds Ray running puts its store there.
@@ -24,8 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return item.get_closest_marker("ray") is not None
 
     items.sort(key=starts_ray)
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else "plain"))
+    if config.pluginmanager.hasplugin("xdist"):  # which knows the marker; not with `-p no:xdist`
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("ray" if starts_ray(item) else "plain"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Fails a test that leaves threads of the package behind, but for those of stores: these it ends."""
+    before = running()
+    yield
+    assert left_of(before) == [], "threads that the test has left; close what has started them"
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from delve_ray.moments import Moments
 from delve_ray.schema import PublishedWindow
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, Source, StoreConfig
+from delve_ray.store.sharded import ShardedStore
 from delve_ray.writers.base import Scalar
 
 LAYERS = [LayerInfo("conv", "Conv2d", 3), LayerInfo("fc", "Linear", 5)]
@@ -61,9 +62,11 @@ def source(rank: int, name: str = "", token: str = "", pid: int = 100) -> Source
 class Worker:
     """Sends rows to a store like a tracker does, with its own sequence of deltas."""
 
-    def __init__(self, store: CovarianceStore, rank: int, options: StoreConfig | None = None, **changes: Any) -> None:
+    def __init__(
+        self, store: CovarianceStore | ShardedStore, rank: int, options: StoreConfig | None = None, **changes: Any
+    ) -> None:
         self.store, self.source = store, source(rank, **changes)
-        welcome = store.register(self.source, options or store.config, LAYERS)
+        welcome = store.register(self.source, options or store.settings(), LAYERS)
         self.attempt, self.window = welcome.attempt, welcome.window
         self.seq = 0
 
@@ -100,7 +103,7 @@ def rows(n: int, d: int, offset: float = 0.0) -> np.ndarray:
 
 
 def published(store: CovarianceStore, windows: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while store.progress().published < windows:
         assert time.monotonic() < deadline, store.status()
         time.sleep(0.002)
@@ -108,12 +111,17 @@ def published(store: CovarianceStore, windows: int) -> None:
 
 def until(condition: Callable[[], object], what: str = "") -> None:
     """Wait until something holds."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.005)
 
 
+def silent(store: CovarianceStore, rank: int, seconds: float) -> None:
+    """A rank was last heard of so many seconds earlier."""
+    store.attempts[-1].members[rank].heard -= seconds
+
+
 def written(store: CovarianceStore, windows: int) -> None:
     published(store, windows)
-    assert store.running().flush(10)  # the store's own flush would publish open windows, too
+    assert store.running().flush(60)  # the store's own flush would publish open windows, too

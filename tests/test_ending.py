@@ -79,7 +79,7 @@ def test_closing_with_the_thread() -> None:
     thread.start()
     assert not closed.wait(0.1)
     go_on.set()
-    assert closed.wait(10)
+    assert closed.wait(60)
 
 
 def test_the_main_thread_is_left_to_the_process() -> None:

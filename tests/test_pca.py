@@ -708,3 +708,22 @@ def test_a_run_without_its_description_is_read_as_by_default(mlp_run, tmp_path):
     (run / "run.json").unlink()
     with project(model, run, 0.8) as projection:
         assert [layer.intrinsic_dimensionality for layer in layers_of(projection)] == expected
+
+
+def test_sketched_layers_have_no_eigenspace_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 6))
+    x = torch.randn(60, 4)
+    run = tracked(model, tmp_path / "run", lambda: model(x), max_features=32, sketch_size=8)
+    for layers in (None, "*", ["2", "0*"][:1]):
+        caplog.clear()
+        with project(model, run, 0.9, layers=layers) as projection:
+            assert list(projection.layers) == ["2"]
+        said = "sketched layers have no covariance and are not projected: '0'"
+        assert (said in caplog.text) == (layers in (None, "*"))
+    refused = "of which .* has sketches alone, and no covariance: '0'; record them with max_features"
+    with pytest.raises(ReadError, match=refused):
+        project(model, run, layers=["2", "0"])
+    alone = tracked(model[0], tmp_path / "alone", lambda: model[0](x), max_features=32, sketch_size=8)
+    with pytest.raises(ReadError, match="covariances"):
+        project(model[0], alone)

@@ -93,7 +93,7 @@ def test_what_a_store_that_was_killed_had_is_published_when_the_run_is_resumed(s
     assert late.attempt == 1
     late.send({(1, 0): rows(30, 5)}, step=1, closes=True)
     late.leave()
-    assert resumed.wait_finished(10)
+    assert resumed.wait_finished(60)
     found = [(r["attempt"], r["step"], r["samples"], r["workers"], r["world_size"]) for r in _rows(savefile)]
     assert found == [(0, 0, 13, 1, 2), (1, 1, 30, 1, 1)]
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from delve_ray import SaturationTracker, StoreError, read_covariances, read_scalars, read_spectra
 from delve_ray.errors import UnknownSource
+from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.memory import worker_bytes
 from delve_ray.moments import unpack_triangle
 from delve_ray.packing import Packer
@@ -115,6 +116,41 @@ def test_windows_that_close_faster_than_they_are_packed_stay_within_max_memory(
     assert lost, "their rows are given up"
     assert lost == list(range(lost[0], 30))
     assert set(rows.values()) == {1}, "what is published is complete"
+
+
+def test_nobody_looks_into_what_is_being_packed(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the packer takes it apart meanwhile."""
+    model = nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 3))
+    taken, go_on = threading.Event(), threading.Event()
+    drain, held_bytes = HostAccumulator.drain_into, HostAccumulator.held_bytes.fget
+    drained, asked = [], []
+
+    def slow_drain(self: HostAccumulator, *args: Any) -> Any:
+        drained.append(self)
+        taken.set()
+        assert go_on.wait(30)
+        return drain(self, *args)
+
+    def noted_bytes(self: HostAccumulator) -> int:
+        assert held_bytes is not None
+        asked.append(self)
+        return held_bytes(self)
+
+    monkeypatch.setattr(HostAccumulator, "drain_into", slow_drain)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    model(torch.randn(9, 8))
+    tracker.add_saturations(0)
+    assert taken.wait(30)
+    monkeypatch.setattr(HostAccumulator, "held_bytes", property(noted_bytes))
+    model(torch.randn(9, 8))
+    tracker.add_saturations(1)
+    assert len(asked) == 2, "those of the window that waits"
+    assert drained[0] not in asked
+    first, second = (item.nbytes for item in tracker._shipper._queue)
+    assert first == second > 0, "of what is being packed as many as it held"
+    go_on.set()
+    tracker.close()
+    assert {row["step"]: row["workers"] for row in read_spectra(savefile).to_pylist()} == {0: 1, 1: 1}
 
 
 def test_an_incomplete_share_does_not_count_as_a_complete_one(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:

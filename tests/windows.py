@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from delve_ray.analysis import read_spectra
+from delve_ray.nystrom import Head, head_statistics
 from delve_ray.schema import LayerRow, PublishedWindow
 from delve_ray.storage import Storage
 from delve_ray.writers.base import Scalar
@@ -33,6 +34,30 @@ def layer_row(layer: str = "conv1", phase: str = "train", **changes: Any) -> Lay
         "mean": np.array([3.0, 0.0, 4.0]),
     }
     return LayerRow(**(values | changes))
+
+
+HEAD = np.array([6.0, 2.0, 1.0])
+
+
+def sketched_row(layer: str, unseen: float, phase: str = "train", threshold: float = 0.95, **changes: Any) -> LayerRow:
+    """A row of a sketched layer of 40 features as the store publishes one: the head 6, 2, 1, and a variance that it
+    lacks. At 0.95 of 9.0625 k is 3; of 18 it is 3 to 37, as 8.1 are wanted of 9 that 37 others may have evenly.
+    """
+    features = changes.get("features", 40)
+    known = head_statistics(Head(HEAD, 9.0 + unseen, unseen, features), features, threshold)
+    values: dict[str, Any] = {
+        "features": features,
+        "samples": 5000,
+        "threshold": threshold,
+        "stats": known.values,
+        "eigenvalues": HEAD,
+        "mean": np.zeros(features),
+        "sketched": True,
+        "saturation_low": known.saturation_low,
+        "saturation_high": known.saturation_high,
+        "unseen_variance": unseen,
+    }
+    return layer_row(layer, phase, **(values | changes))
 
 
 def window(rows: Sequence[LayerRow] = (), **changes: Any) -> PublishedWindow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -225,8 +225,16 @@ def _notes(rows: Sequence[Row], labels: Sequence[str], letters: Mapping[str, str
     for label in labels:
         own = {row["layer"] for row in rows if row["label"] == label}
         if lacking := [layer for layer in layers if layer not in own]:
-            named = ", ".join(map(printable, lacking[:_MOST_NAMED]))
-            more = f" and {len(lacking) - _MOST_NAMED} more" if len(lacking) > _MOST_NAMED else ""
-            notes.append(f"{letters[label]} has no {named}{more}")
+            notes.append(f"{letters[label]} has no {_named(lacking)}")
+            complete = False
+        if without := [row["layer"] for row in rows if row["label"] == label and row[stat] is None]:
+            notes.append(f"{letters[label]} has no {stat} of {_named(dict.fromkeys(without))}")
             complete = False
     return notes if complete else [*notes, "mean: of what stands in each column"]
+
+
+def _named(layers: Iterable[str]) -> str:
+    """The first few layers, and how many more there are."""
+    names = [printable(layer) for layer in layers]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from delve_ray.analysis.bounds import COLUMNS as BOUNDS
+from delve_ray.analysis.bounds import Bounds, last_window, metric_bounds, statistic_of
+from delve_ray.analysis.keys import matching
 from delve_ray.analysis.reading import read_spectra
 from delve_ray.analysis.run_files import find_runs
 from delve_ray.configs import flatten
@@ -27,10 +29,12 @@ WASTED = pa.list_(
             ("features", pa.int32()),
             ("intrinsic_dimensionality", pa.int32()),
             ("saturation", pa.float64()),
+            ("sketched", pa.bool_()),
         ]
     )
 )
-"""Type of the column `wasted`: layers with the most features that the variance does not need, most first."""
+"""Type of the column `wasted`: layers with the most features that the variance does not need, most first; of those that
+are sketched, dimension and saturation are the most that they can be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,8 @@ class TrialResult:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     path: str | Storage | None = None
     failed: bool = False
+    run: str | None = None
+    """The run among those in its files; by default all of them are the trial's."""
 
 
 def rank_trials(
@@ -55,6 +61,11 @@ def rank_trials(
 ) -> pa.Table:
     """Trials, best first: those whose `accuracy` is within `within` of the best, by `by`; then the others, by accuracy.
 
+    A layer that is sketched may have an interval of the saturation and no value. Then `by` is an interval as well, and
+    such a trial takes the place of the end that is certain: the lower one, with by_mode="min" the upper one, also where
+    it has reported no value at all. That holds where `by` is a metric of `saturation` or `intrinsic_dimensionality`;
+    the ends are those of the last window in the trial's files.
+
     Args:
         trials: The trials of one sweep. Those that failed, and those without one of the two metrics, are left out.
         by: Key of the metric that orders the contenders; of two alike, the one with fewer parameters is better.
@@ -64,9 +75,12 @@ def rank_trials(
         by_mode: "max", or "min" where less of `by` is better.
 
     Returns:
-        One row per trial: `place` int32, `trial`, `contender` bool, the metric and the accuracy under their keys,
-        `num_parameters` int64, one column `config/<key>` for each entry of the configs, `wasted` (see `WASTED`, of the
-        phase that `by` names), `path`. The schema's metadata has `left_out`, the names of the trials that do not rank.
+        One row per trial: `place` int32, `trial`, `contender` bool, the metric (null where it has no value) and the
+        accuracy under their keys, `by_low` and `by_high`, between which the metric is, for the mean that over all
+        layers (null where that is not known; the value where no layer is sketched), `unresolved`, the sketched layers
+        of which there is no value, `num_parameters` int64, one column `config/<key>` for each entry of the configs,
+        `wasted` (see `WASTED`, of the phase that `by` names), `path`. The schema's metadata has `left_out`, the names
+        of the trials that do not rank.
 
     Raises:
         OptionError: an option that cannot be used.
@@ -83,7 +97,8 @@ def rank_trials(
     if isinstance(within, bool) or not isinstance(within, int | float) or not 0 <= within < math.inf:
         raise OptionError(f"within={within!r} is no distance from the best {accuracy!r}, such as 0.01")
     trials = list(trials)
-    ranked = [trial for trial in trials if not trial.failed and _has(trial, by) and _has(trial, accuracy)]
+    known = [(trial, _of_run(trial, by)) for trial in trials if not trial.failed and _has(trial, accuracy)]
+    ranked = [(trial, files) for trial, files in known if _has(trial, by) or math.isfinite(files.bounds.low)]
     if not ranked:
         keys = sorted({key for trial in trials for key in trial.metrics if _has(trial, key)})
         raise ReadError(
@@ -91,18 +106,19 @@ def rank_trials(
             f"reported: {', '.join(keys) or 'nothing'}"
         )
     sign, by_sign = (1 if value == "max" else -1 for value in (mode, by_mode))
-    best = max(sign * _number(trial, accuracy) for trial in ranked)
+    best = max(sign * _number(trial, accuracy) for trial, _ in ranked)
     rows = []
-    for trial in ranked:
+    for trial, files in ranked:
         distance = best - sign * _number(trial, accuracy)
         contender = distance <= within + 1e-12  # 0.99 − 0.98 is more than 0.01
-        parameters, wasted = _of_run(trial.path, by)
-        many = math.inf if parameters is None else parameters
-        metric = by_sign * _number(trial, by)
+        many = math.inf if files.parameters is None else files.parameters
+        certain = files.bounds.low if by_sign == 1 else files.bounds.high
+        metric = by_sign * (certain if math.isfinite(certain) else _number(trial, by))
         order = (not contender, -metric if contender else distance, many if contender else -metric, trial.trial)
-        rows.append((order, trial, contender, parameters, wasted))
+        rows.append((order, trial, contender, files))
     rows.sort(key=lambda row: row[0])
-    return _table(rows, by, accuracy, [trial.trial for trial in trials if trial not in ranked])
+    places = {id(trial) for trial, _ in ranked}
+    return _table(rows, by, accuracy, [trial.trial for trial in trials if id(trial) not in places])
 
 
 def _number(trial: TrialResult, key: str) -> float:
@@ -120,52 +136,86 @@ def _has(trial: TrialResult, key: str) -> bool:
     return math.isfinite(_number(trial, key))
 
 
-def _of_run(path: str | Storage | None, by: str) -> tuple[int | None, list[dict[str, Any]]]:
-    """The number of parameters and the layers that waste most, from the files of a trial; nothing where it has none."""
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What the files of a trial say of it: parameters, the layers that waste most, what the metric can be."""
+
+    bounds: Bounds
+    parameters: int | None = None
+    wasted: Sequence[Mapping[str, Any]] = ()
+
+
+def _of_run(trial: TrialResult, by: str) -> _Files:
+    """What a trial's files say; nothing but its metric where it has none."""
+    value = _number(trial, by)
+    reported = Bounds(value, value, ())
     try:
-        run = find_runs(path or ())[0]
+        run = find_runs(trial.path or ())[0]
     except ReadError:
-        return None, []
+        return _Files(reported)
     try:
         model = read_run(run).get("model")
     except ReadError:
         model = None
     parameters = model.get("num_parameters") if isinstance(model, dict) else None
     try:
-        return parameters, _wasted(run, "train" if "/train/" in by else "eval")
+        window = _last_rows(run, trial.run, by)
     except ReadError:  # nothing of this phase
-        return parameters, []
+        return _Files(reported, parameters)
+    return _Files(metric_bounds(window, by) or reported, parameters, _wasted(window))
 
 
-def _wasted(run: Storage, phase: str) -> list[dict[str, Any]]:
-    """The layers with the most features that the variance of the last window does not need."""
-    names = WASTED.value_type.names
-    final = [("final", "==", True), ("phase", "==", phase), ("intrinsic_dimensionality", ">=", 0)]
-    spectra = read_spectra(run, ["step", *names], final)
-    last = spectra.filter(pc.field("step") == pc.max(spectra.column("step")))
-    layers: list[dict[str, Any]] = last.select(names).to_pylist()
-    layers = [layer for layer in layers if layer["intrinsic_dimensionality"] < layer["features"]]
+def _last_rows(run: Storage, name: str | None, by: str) -> list[dict[str, Any]]:
+    """The rows of the last window of the phase that a metric is of, eval where it does not say."""
+    stat, phase = statistic_of(by) or ("saturation", "train" if "/train/" in by else "eval")
+    columns = dict.fromkeys([*BOUNDS, "run", "saturation", "intrinsic_dimensionality", stat])
+    spectra = read_spectra(run, list(columns), [("phase", "==", phase)])
+    rows: list[dict[str, Any]] = last_window(matching(spectra, run=name) if name else spectra, phase).to_pylist()
+    return rows
+
+
+def _wasted(window: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The layers with the most features that the variance of a window does not need."""
+    layers = []
+    for row in window:
+        dimension, saturation = row["intrinsic_dimensionality"], row["saturation"]
+        if dimension is None and row["sketched"] and row["saturation_high"] is not None:
+            saturation = row["saturation_high"]
+            dimension = round(saturation * row["features"])
+        if dimension is not None and dimension < row["features"]:
+            values = (row["layer"], row["features"], dimension, saturation, bool(row["sketched"]))
+            layers.append(dict(zip((field.name for field in WASTED.value_type), values, strict=True)))
     layers.sort(key=lambda layer: layer["intrinsic_dimensionality"] - layer["features"])
     return layers[:MOST_WASTEFUL]
 
 
-def _table(rows: Sequence[tuple[Any, ...]], by: str, accuracy: str, left_out: Sequence[str]) -> pa.Table:
-    trials = [trial for _, trial, *_ in rows]
+def _table(
+    rows: Sequence[tuple[Any, TrialResult, bool, _Files]], by: str, accuracy: str, left_out: Sequence[str]
+) -> pa.Table:
+    trials, files = [trial for _, trial, *_ in rows], [found for *_, found in rows]
     columns: dict[str, pa.Array] = {
         "place": pa.array(range(1, len(rows) + 1), pa.int32()),
         "trial": pa.array([trial.trial for trial in trials]),
-        "contender": pa.array([contender for _, _, contender, *_ in rows]),
+        "contender": pa.array([contender for _, _, contender, _ in rows]),
     }
     for key in dict.fromkeys((by, accuracy)):
-        columns[key] = pa.array([_number(trial, key) for trial in trials])
-    columns["num_parameters"] = pa.array([parameters for *_, parameters, _ in rows], pa.int64())
+        columns[key] = _floats(_number(trial, key) for trial in trials)
+    columns["by_low"] = _floats(found.bounds.low for found in files)
+    columns["by_high"] = _floats(found.bounds.high for found in files)
+    columns["unresolved"] = pa.array([found.bounds.unresolved for found in files], pa.list_(pa.string()))
+    columns["num_parameters"] = pa.array([found.parameters for found in files], pa.int64())
     configs = [flatten(trial.config) for trial in trials]
     for key in dict.fromkeys(key for config in configs for key in config):
         columns[f"config/{key}"] = _array([config.get(key) for config in configs])
-    columns["wasted"] = pa.array([wasted for *_, wasted in rows], WASTED)
+    columns["wasted"] = pa.array([found.wasted for found in files], WASTED)
     paths = [trial.path.uri if isinstance(trial.path, Storage) else trial.path for trial in trials]
     columns["path"] = pa.array(paths, pa.string())
     return pa.table(columns).replace_schema_metadata({"left_out": "\n".join(left_out)})
+
+
+def _floats(values: Iterable[float]) -> pa.Array:
+    """Numbers, null where there is none."""
+    return pa.array([value if math.isfinite(value) else None for value in values], pa.float64())
 
 
 def _array(values: Sequence[Any]) -> pa.Array:

@@ -333,6 +333,8 @@ def _notes(windows: Mapping[str, Mapping[str, Row]], with_ratio: bool) -> list[s
         }
         if sketched:
             notes.append(f"{phase}: sketched, with bounds of the saturation: {_first(sketched)}")
+        if without := {layer: "" for layer in sketched if layers[layer]["saturation"] is None}:
+            notes.append(f"{phase}: the mean is without {_first(without)}")
         if scarce:
             notes.append(f"{phase}: undersampled, n/d is below 1: {_first(scarce)}")
     return notes
@@ -350,6 +352,6 @@ def _first(layers: Mapping[str, str], shown: int = 3) -> str:
     >>> _first({"a": "1", "b": "2", "c": "3", "d": "4", "e": "5"})
     'a 1, b 2, c 3 and 2 more layers'
     """
-    named = ", ".join(f"{printable(layer)} {said}" for layer, said in list(layers.items())[:shown])
+    named = ", ".join(f"{printable(layer)} {said}".rstrip() for layer, said in list(layers.items())[:shown])
     more = len(layers) - shown
     return named + (f" and {more} more layer{'s' if more > 1 else ''}" if more > 0 else "")

@@ -9,25 +9,28 @@ from typing import Any
 
 import pyarrow as pa
 
+from delve_ray.analysis.bounds import COLUMNS as BOUNDS
+from delve_ray.analysis.bounds import last_window
 from delve_ray.analysis.keys import matching
 from delve_ray.analysis.ranking import TrialResult
 from delve_ray.analysis.reading import read_scalars, read_spectra
-from delve_ray.analysis.windows import distinct, steps_of
+from delve_ray.analysis.windows import distinct
 from delve_ray.errors import ReadError
-from delve_ray.schema import EXTRA_STATS, PHASES, SCALAR_STATS, metric_key
+from delve_ray.schema import EXTRA_STATS, INTERVAL, PHASES, SCALAR_STATS, interval_metrics, metric_key
 from delve_ray.storage import Storage
 from delve_ray.store.run_file import read_run
 
 _STATS = (*SCALAR_STATS, *EXTRA_STATS)
-_COLUMNS = ["run", "trial", "trial_config", "phase", "step", "layer", "final", *_STATS]
+_COLUMNS = ["run", "trial", "trial_config", *BOUNDS, *_STATS]
 
 
 def read_trials(run: Storage, keys: Sequence[str] = ()) -> list[TrialResult]:
     """A run's directory as trials for `rank_trials`; one, unless several runs lie in it.
 
-    The metrics are `<stat>/<phase>/mean` of the last window of each phase, final ones before live ones, those of single
-    layers that `keys` name, and the last value of each scalar that `add_scalar` has recorded, its mean over ranks. A
-    key that is both is the scalar. The name is the trial's id, or the run's where it is no trial. Raises ReadError.
+    The metrics are `<stat>/<phase>/mean` of the last window of each phase, final ones before live ones, where layers
+    are sketched also `saturation_low/<phase>/mean` and `saturation_high/<phase>/mean`, those of single layers that
+    `keys` name, and the last value of each scalar that `add_scalar` has recorded, its mean over ranks. A key that is
+    both is the scalar. The name is the trial's id, or the run's where it is no trial. Raises ReadError.
     """
     described = _described(run)
     options = described.get("options")
@@ -45,6 +48,7 @@ def read_trials(run: Storage, keys: Sequence[str] = ()) -> list[TrialResult]:
                 config=_config(row.get("trial_config")),
                 metrics=_spectra_metrics(own, keys) | _scalar_metrics(matching(scalars, run=name)),
                 path=run,
+                run=name,
             )
         )
     return trials
@@ -70,11 +74,7 @@ def _config(text: object) -> Mapping[str, Any]:
 def _spectra_metrics(spectra: pa.Table, keys: Sequence[str]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for phase in PHASES:
-        rows = spectra.filter(spectra.column("final")) if spectra.num_rows else spectra
-        rows = rows if steps_of(rows, phase) else spectra
-        if not (steps := steps_of(rows, phase)):
-            continue
-        window = matching(rows, phase=phase, step=steps[-1])
+        window = last_window(spectra, phase)
         layers = window.column("layer").to_pylist()
         for stat in _STATS:
             values = dict(zip(layers, window.column(stat).to_pylist(), strict=True))
@@ -83,6 +83,10 @@ def _spectra_metrics(spectra: pa.Table, keys: Sequence[str]) -> dict[str, float]
                 metrics[f"{stat}/{phase}/mean"] = sum(finite) / len(finite)
             of_layers = {metric_key(stat, phase, layer): value for layer, value in values.items()}
             metrics |= {key: of_layers[key] for key in keys if of_layers.get(key) is not None}
+        saturations = [window.column(name).to_pylist() for name in ("saturation", *INTERVAL)]
+        intervals = interval_metrics(phase, zip(layers, *saturations, strict=True))
+        wanted = {*keys, *(f"{stat}/{phase}/mean" for stat in INTERVAL)}
+        metrics |= {key: value for key, value in intervals.items() if key in wanted}
     return metrics
 
 

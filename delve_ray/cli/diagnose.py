@@ -14,7 +14,7 @@ from delve_ray.storage import Storage
 
 _MOST_LAYERS = 6
 _STYLES = {
-    r"^(tail|bottleneck|over-wide|gap|too-few-observations): .*": "bold yellow",
+    r"^(tail|bottleneck|over-wide|gap|too-few-observations|too-few-columns): .*": "bold yellow",
     r"^(dead|collapse): .*": "bold red",
 }
 

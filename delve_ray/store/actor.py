@@ -24,11 +24,10 @@ from delve_ray.errors import DelveRayError, OptionError, StoreError
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
-from delve_ray.store.assignment import shards_of
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.monitoring import Monitor
-from delve_ray.store.parts import PartWriter, ShardStore, shard_config
+from delve_ray.store.parts import Key, PartWriter, ShardStore, detached, shard_config
 from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.remote import FIND_TIMEOUT_S as FIND_TIMEOUT_S
 from delve_ray.store.remote import NAMESPACE as NAMESPACE
@@ -67,7 +66,7 @@ class StoreActor:
     """
 
     def __init__(self, config: StoreConfig, shard: int | None = None) -> None:
-        self._run, self._shard = config.run, shard
+        self._run, self._shard, num_shards = config.run, shard, config.num_shards
         if shard is not None:
             config = shard_config(config, shard)
         saver = Saver(Storage(config.savefile), config.snapshot_every) if has_snapshots(config) else None
@@ -75,7 +74,7 @@ class StoreActor:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = min(cores, MOST_CORES)
         kind = FrontStore if config.num_shards > 1 else CovarianceStore if shard is None else ShardStore
-        writers = None if shard is None else [PartWriter(shard, self._front)]
+        writers = None if shard is None else [PartWriter(shard, self._front, num_shards)]
         self._core = kind(
             config,
             writers=writers,
@@ -133,9 +132,9 @@ class StoreActor:
             raise StoreError(f"the store of run {self._run!r} has no shards")
         return store
 
-    def accept(self, shard: int, part: PublishedWindow, first: int | None = None, problems: Sequence[str] = ()) -> None:
-        """See `FrontStore.accept`."""
-        self._front_store.accept(shard, part, first, problems)
+    def accept(self, shard: int, part: PublishedWindow, after: Key | None = None, problems: Sequence[str] = ()) -> bool:
+        """See `FrontStore.accept`. The part's arrays are views of Ray's object store, and it may be kept for long."""
+        return self._front_store.accept(shard, detached(part), after, problems)
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""
@@ -208,7 +207,7 @@ class StoreActor:
     def _holder(self, layer: str, phase: str, question: str) -> F64:
         """The answer of the store that has a layer: this one, or a shard."""
         store = self._store
-        shard = shards_of(store.layers, store.config).get(layer) if isinstance(store, FrontStore) else None
+        shard = store.assigned().get(layer) if isinstance(store, FrontStore) else None
         if shard is None:
             answer: F64 = getattr(store, question)(layer, phase)
             return answer

@@ -21,6 +21,7 @@ from delve_ray import spectrum
 from delve_ray.errors import OptionError
 from delve_ray.moments import F64, unpack_triangle
 from delve_ray.nystrom import head
+from delve_ray.sketch import columns_of
 from delve_ray.store import answers, registration
 from delve_ray.store.attempt import Attempt
 from delve_ray.store.door import check_held, check_source
@@ -174,7 +175,7 @@ class CovarianceStore(IntakeStore):
         started, OptionError for a layer that is sketched and has none.
         """
         latest = answers.find_latest(self, layer, phase)
-        if self.config.sketching.columns(latest.mean.size):
+        if columns_of(latest.packed.size, latest.mean.size):
             raise OptionError(
                 f"layer {layer} has {latest.mean.size} features, more than max_features={self.config.max_features}, "
                 f"and is sketched: there is no covariance of it; spectrum() has the head of its spectrum; raise "
@@ -185,8 +186,9 @@ class CovarianceStore(IntakeStore):
     def spectrum(self, layer: str, phase: str) -> F64:
         """The eigenvalues of `covariance`, float64, descending; of a sketched layer, those that its row has."""
         latest = answers.find_latest(self, layer, phase)
-        if self.config.sketching.columns(latest.mean.size):
-            return head(latest.packed, latest.mean.size, latest.weight, self.config.product_eps).eigenvalues
+        if columns_of(latest.packed.size, latest.mean.size):
+            samples = latest.n or None
+            return head(latest.packed, latest.mean.size, latest.weight, self.config.product_eps, samples).eigenvalues
         return spectrum.eigenvalues(self.covariance(layer, phase))
 
     @property
@@ -222,7 +224,10 @@ class CovarianceStore(IntakeStore):
         with self._lock:
             if self.publisher is None and not self._opening:
                 self.ending = "nobody joined it"
-            return self.ending is not None
+            unused = self.publisher is None and self.ending is not None
+        if unused and self.saver is not None:
+            self.saver.stop()
+        return self.ending is not None
 
     def wait_finished(self, timeout: float) -> bool:
         """Wait until everything is published and written after the last `leave`."""

@@ -58,3 +58,8 @@ class Crew:
             if not helper.cancelled():
                 helper.result()
         return [results[index] for index in range(len(tasks))]
+
+    def close(self) -> None:
+        """End the threads, those at work once they have ended it; nothing is run from now on."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False)

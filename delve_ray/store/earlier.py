@@ -12,8 +12,6 @@ import pyarrow.parquet as pq
 
 from delve_ray.schema import EXTRA_STATS, F64, SCALAR_STATS, SHARDS_KEY, LayerRow, PublishedWindow
 from delve_ray.storage import Storage
-from delve_ray.store.assignment import shards_of
-from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.writers.parquet import revisions, window_file
 
 _AS_THEY_ARE = (
@@ -72,11 +70,10 @@ def final_windows(storage: Storage, keys: Iterable[tuple[int, int]]) -> Iterator
                 yield Earlier(attempt, window, revision, row["step"], complete, shards)
 
 
-def read_parts(
-    storage: Storage, earlier: Earlier, layers: Sequence[LayerInfo], config: StoreConfig
-) -> dict[int, PublishedWindow]:
+def read_parts(storage: Storage, earlier: Earlier, assigned: Mapping[str, int]) -> dict[int, PublishedWindow]:
     """The parts that a written window was made of, by shard, with a revision below all that shards give.
 
+    `assigned` has the shard of each layer, by name.
     Of rows without a covariance the norm of the mean is known, but not the mean: it stands there as one number.
     Raises OSError or ArrowException where the files cannot be read.
     """
@@ -84,7 +81,6 @@ def read_parts(
     rows = _read(storage, window_file("spectra", *where))
     matrices = _by_layer(_read_beside(storage, window_file("covariances", *where)))
     points = _by_layer(_read_beside(storage, window_file("embeddings", *where)))
-    assigned = shards_of(layers, config)
     parts = {}
     for shard, (workers, complete) in earlier.shards.items():
         own = [row for row in rows if assigned[row["layer"]] == shard]

@@ -13,15 +13,19 @@ import pyarrow as pa
 from delve_ray.errors import StoreError
 from delve_ray.schema import PublishedWindow
 from delve_ray.storage import Storage
+from delve_ray.store.assignment import shards_of
 from delve_ray.store.attempt import Attempt
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.earlier import Earlier, final_windows, read_parts
-from delve_ray.store.parts import GIVEN_UP, PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Parts
+from delve_ray.store.parts import LOST, PENDING, UNKNOWN, WITHOUT_S, WRITTEN, Key, Parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.state import State
 from delve_ray.store.window import Job, Window
 
 log = logging.getLogger(__name__)
+
+MOST_LOST = 256
+"""Windows that a writer has given up and that are kept for a recovery, the newest ones."""
 
 
 class FrontStore(CovarianceStore):
@@ -36,6 +40,7 @@ class FrontStore(CovarianceStore):
     def __init__(self, *args: Any, **options: Any) -> None:
         self._parts: dict[tuple[int, int], Parts] = {}  # by attempt and ordinal
         self._earlier: dict[tuple[int, int], Earlier] = {}  # what a front before this one has written
+        self._lost: dict[tuple[int, int], dict[int, int]] = {}  # given up by a writer: the revisions of the shards
         self._done: set[int] = set()  # shards that have published everything
         self._told: set[tuple[int, str]] = set()  # what shards could not publish
         self._ending_since = 0.0
@@ -50,55 +55,60 @@ class FrontStore(CovarianceStore):
                 *(config.run, config.num_shards, idle, len(layers), len(layers)),
             )
 
+    def assigned(self) -> dict[str, int]:
+        """The shard of each layer, by name."""
+        return shards_of(self.layers, self.config)
+
     # --- called by the shards ----------------------------------------------------------------------------------
 
-    def accept(self, shard: int, part: PublishedWindow, first: int | None = None, problems: Sequence[str] = ()) -> None:
-        """Take a shard's part of a window, and what it could not publish; see `parts.Front.accept`.
+    def accept(self, shard: int, part: PublishedWindow, after: Key | None = None, problems: Sequence[str] = ()) -> bool:
+        """Take a shard's part of a window, and what it could not publish. See `parts.Front.accept`.
 
         Raises StoreError for one of an attempt that is not known yet, or where the files cannot be read.
         """
+        if after is not None and self.part_state(shard, *after) == UNKNOWN:
+            return False
         written = self._written_before(part)
         with self._lock:
             self._tell(shard, problems)
             attempt = self._attempt(part.attempt)
             if attempt is None:
-                return
+                return True
             window = attempt.windows.get(part.window)
             if window is None:
                 if part.window < attempt.published:
-                    return
+                    return True
                 window = attempt.windows[part.window] = self._reopened(attempt, part)
             if part.final:
-                self._pass_over(attempt, shard, part.window if first is None else first)
+                self._pass_over(attempt, shard, part.window)
             parts = self._parts.get((part.attempt, part.window))
             if parts is None:
                 parts = self._parts[part.attempt, part.window] = Parts(newest=dict(written))
                 self._earlier.pop((part.attempt, part.window), None)  # from now on this front knows better
             parts.add(shard, part)
             self._advance(attempt)
+        return True
 
     def _written_before(self, part: PublishedWindow) -> dict[int, PublishedWindow]:
         """The parts of a window that a front before this one has written, when the first is offered again."""
         key = part.attempt, part.window
         with self._lock:
             earlier = None if key in self._parts else self._earlier.get(key)
-            layers, config = self.layers, self.config
+            assigned = self.assigned()
         if earlier is None:
             return {}
         try:
-            return read_parts(Storage(config.savefile), earlier, layers, config)
+            return read_parts(Storage(self.config.savefile), earlier, assigned)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"run {self.config.run!r}: step {part.step} cannot be read: {error}") from error
 
-    def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> bool:
-        """Note that a shard's windows before one are written, where a front was started anew; whether it was news."""
-        passed = False
+    def _pass_over(self, attempt: Attempt, shard: int, ordinal: int) -> None:
+        """Note what a final part tells a front that was started anew: its shard's earlier windows are written."""
         for before, window in attempt.windows.items():
             parts = self._parts.get((attempt.number, before))
             if before < ordinal and not window.published and (parts is None or shard not in parts.newest):
-                window.published = passed = True
+                window.published = True
                 attempt.published = max(attempt.published, before + 1)
-        return passed
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `parts.Front.part_state`."""
@@ -106,15 +116,13 @@ class FrontStore(CovarianceStore):
             known = self._attempt(attempt)
             if known is None:
                 return WRITTEN
-            if self._pass_over(known, shard, window):  # a shard asks for its windows one after the other
-                self._advance(known)
+            if self._lost.get((attempt, window), {}).get(shard, -1) >= revision:
+                return LOST
             parts = self._parts.get((attempt, window))
             if parts is None:
                 return WRITTEN if window not in known.windows and window < known.published else UNKNOWN
             if parts.written.get(shard, -1) >= revision:
                 return WRITTEN
-            if parts.given_up.get(shard, -1) >= revision:
-                return GIVEN_UP
             newest = parts.newest.get(shard)
             return UNKNOWN if newest is None or newest.revision < revision else PENDING
 
@@ -222,24 +230,34 @@ class FrontStore(CovarianceStore):
         return jobs
 
     def written(self, job: Job, everywhere: bool) -> None:
-        """Every writer has written a window, or given it up; its shards may let go of it.
-
-        One that was given up stays open, as in a store without shards: a recovery may have something for it.
-        """
+        """Every writer has written a window, and its shards let go of it; or one has given it up, and they keep it."""
+        key = job.attempt, job.ordinal
         with self._lock:
-            parts = self._parts.get((job.attempt, job.ordinal))
+            parts = self._parts.get(key)
             if parts is None:
                 return
-            revisions = {shard: part.revision for shard, part in (job.parts or {}).items()}
+            offered = {shard: part.revision for shard, part in (job.parts or {}).items()}
             if not everywhere:
-                parts.give_up(revisions, self.config.num_shards)
+                self._lose(key, offered)
                 return
-            parts.written |= revisions
+            parts.written |= offered
             for attempt in self.attempts:
-                if attempt.number == job.attempt:
-                    attempt.windows[job.ordinal].unwritten -= 1
+                window = attempt.windows.get(job.ordinal)
+                if attempt.number == job.attempt and window is not None:
+                    window.unwritten -= 1
                     self._touch()
                     self._advance(attempt)
+
+    def _lose(self, key: tuple[int, int], offered: dict[int, int]) -> None:
+        """Note that a window was given up; its rows go, and of windows given up long ago the windows themselves."""
+        self._lost[key] = offered
+        del self._parts[key]
+        while len(self._lost) > MOST_LOST:
+            number, ordinal = next(iter(self._lost))
+            del self._lost[number, ordinal]
+            for attempt in self.attempts:
+                if attempt.number == number:
+                    attempt.windows.pop(ordinal, None)
 
     def ended(self) -> None:
         """See `WindowStore.ended`; of the windows those remain that a recovery may have something for."""
@@ -266,7 +284,7 @@ class FrontStore(CovarianceStore):
                     attempt.published, latest = earlier.window + 1, earlier
         super()._adopt(state)
         if latest is not None:
-            parts = read_parts(Storage(self.config.savefile), latest, self.layers, self.config)
+            parts = read_parts(Storage(self.config.savefile), latest, self.assigned())
             self.running().announce([row for part in parts.values() for row in part.rows])
 
     @staticmethod

@@ -211,6 +211,7 @@ class Publisher:
             else:
                 for live in self._owner.poll():
                     self._publish(live)
+        self._crew.close()
         deadline = time.monotonic() + self._finish_timeout
         for writer in self.writers:
             writer.end()

@@ -20,6 +20,7 @@ from ray.exceptions import (
 from delve_ray.errors import DelveRayError, StoreError, StoreLost
 from delve_ray.moments import F64
 from delve_ray.schema import PublishedWindow
+from delve_ray.store.parts import Key
 from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.sharded import ShardedStore
 
@@ -204,9 +205,9 @@ class RemoteStore:
         if ray.is_initialized():
             ray.kill(self.handle, no_restart=True)
 
-    def accept(self, shard: int, part: PublishedWindow, first: int | None = None, problems: Sequence[str] = ()) -> None:
+    def accept(self, shard: int, part: PublishedWindow, after: Key | None = None, problems: Sequence[str] = ()) -> bool:
         """See `FrontStore.accept`."""
-        self._call("accept", shard, part, first, tuple(problems))
+        return bool(self._call("accept", shard, part, after, tuple(problems)))
 
     def part_state(self, shard: int, attempt: int, window: int, revision: int) -> str:
         """See `FrontStore.part_state`."""

@@ -70,7 +70,8 @@ class RemoteSpectra:
     ) -> LayerRow:
         """The row of a layer."""
         d = found.mean.size
-        if d >= GPU_WIDE and self._take_gpu(config.spectra_gpus):
+        # The head of a sketch comes from k×k matrices, for which no GPU is woken.
+        if d >= GPU_WIDE and not found.columns and self._take_gpu(config.spectra_gpus):
             try:
                 row = self._on_gpu(layer, phase, found, config, sample)
             finally:

@@ -188,7 +188,7 @@ class Saver:
             return self._kept[-KEPT].marks.get(source, 0) if len(self._kept) >= KEPT else 0
 
     def stop(self) -> None:
-        """Save the last state once and end the thread; the snapshots before it go."""
+        """Save the last state once, if there is any, and end the thread; the snapshots before it go."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -230,6 +230,8 @@ class Saver:
                 while not self._stopping and (due := self._due_in()) > 0:
                     self._changed.wait(None if due == float("inf") else due)
                 stopping = self._stopping
+                if stopping and self._wanted < 0:
+                    return
             try:
                 began = time.monotonic()
                 self._save()

@@ -51,12 +51,16 @@ class ShardedStore:
         self._layers: list[LayerInfo] = []
         self._assigned: list[int] = []
         self._rule = WHOLE
-        self._pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
 
     def _each(self, call: Callable[[int, Store], T]) -> list[T]:
         """Call all shards side by side; the first error is raised once all have answered."""
-        running = [self._pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
-        errors = [error for future in running if (error := future.exception()) is not None]
+        # Threads of this call alone: a rank that leaves has nothing to end, and they cost less than an answer.
+        pool = ThreadPoolExecutor(len(self.shards), thread_name_prefix="delve_ray-shards")
+        try:
+            running = [pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
+            errors = [error for future in running if (error := future.exception()) is not None]
+        finally:
+            pool.shutdown(wait=False)
         if errors:
             raise errors[0]
         return [future.result() for future in running]
@@ -195,7 +199,7 @@ class LocalShards(ShardedStore):
         self.local_shards = []
         for shard in range(config.num_shards):
             options = shard_config(config, shard)
-            writer = PartWriter(shard, lambda: self.local_front)
+            writer = PartWriter(shard, lambda: self.local_front, config.num_shards)
             self.local_shards.append(ShardStore(options, writers=[writer], saver=savers(options)))
         super().__init__(self.local_front, self.local_shards)
 

@@ -29,8 +29,8 @@ _GRACE_S = 1.0
 """How long a thread that was told to stop may take to say what it gave up."""
 
 
-class GivenUp(Exception):
-    """What a writer raises that will never write an item, and knows it."""
+def _nothing() -> None:
+    """What is done where there is nothing to do."""
 
 
 class WriterThread:
@@ -48,7 +48,7 @@ class WriterThread:
         self,
         writer: Writer,
         *,
-        retry_s: tuple[float, float] = RETRY_S,
+        retry_s: tuple[float, float] | None = None,
         max_bytes: int = MAX_QUEUED_BYTES,
         timings: Timings | None = None,
     ) -> None:
@@ -56,13 +56,11 @@ class WriterThread:
         self._timings = timings or Timings()
         self.written = self.failed = self.dropped = 0
         self.last_error: str | None = None
-        self._retry_s = retry_s
+        self._retry_s = retry_s or RETRY_S
         self._max_bytes = max_bytes
         self._queue: OrderedDict[Item, None] = OrderedDict()
         self._live: dict[tuple[int, int], Item] = {}  # of the queue, by window
         self._given_up: deque[Item] = deque()  # their `done` has yet to be called
-        # Only a shard's writer has it: it may begin with a window before it is asked to write it.
-        self._on_queued = getattr(writer, "on_queued", None)
         self._current: Item | None = None
         self._bytes = 0
         self._lost: dict[tuple[int, int], int] = {}  # windows given up, by revision, and not made good since
@@ -92,8 +90,6 @@ class WriterThread:
             revision=window.revision,
             live=not window.final,
         )
-        if self._on_queued is not None:
-            self._on_queued(window)
         self._put(item)
 
     def write_scalars(self, scalars: list[Scalar], done: Done | None = None) -> None:
@@ -132,6 +128,7 @@ class WriterThread:
             with self._changed:
                 self._stopping = True
                 self._changed.notify_all()
+            getattr(self.writer, "stop_waiting", _nothing)()  # of a writer that waits for others
             self._thread.join(_GRACE_S)
         if alive := self._thread.is_alive():
             log.error("writer %s did not end in %.3g s: it is still busy", self.writer.name, timeout)
@@ -284,7 +281,7 @@ class WriterThread:
             item.failing_since = item.failing_since or now
             self._trouble_since = self._trouble_since or now
             item.faults += fault
-            if lost := item.faults >= MAX_TRIES or isinstance(error, GivenUp):
+            if lost := item.faults >= MAX_TRIES:
                 self.failed += 1
                 self._lose(item, reason)
         if lost:

@@ -15,7 +15,8 @@ class ConsoleWriter:
     """Prints final windows and user scalars to the standard output of the store's process.
 
     Where the store is a Ray actor, Ray shows that in the driver's terminal, unless `log_to_driver` is off. A line tells
-    the mean saturation and the layers that have the lowest and the highest; with `table`, one follows per layer.
+    the mean saturation and the layers that have the lowest and the highest, and of sketched layers without a saturation
+    its bounds; with `table`, one follows per layer.
     """
 
     name = "console"
@@ -35,14 +36,18 @@ class ConsoleWriter:
         metrics = window_metrics(window.rows)
         lines = []
         for phase in dict.fromkeys(row.phase for row in window.rows):
-            rows = [r for r in window.rows if r.phase == phase and math.isfinite(r.stats.get("saturation", math.nan))]
-            mean = metrics.get(f"saturation/{phase}/mean")
-            if mean is None:
-                continue
-            lowest, highest = (pick(rows, key=lambda row: row.stats["saturation"]) for pick in (min, max))
-            where = f"{self._run}  step {window.step}  {phase}"
-            lines.append(f"{where}: saturation {mean:.1%}, from {_told(lowest)} to {_told(highest)}")
-            if self._table:
+            rows = [row for row in window.rows if row.phase == phase and (_is_known(row) or _is_bounded(row))]
+            known = [row for row in rows if _is_known(row)]
+            said = []
+            if known:
+                lowest, highest = (pick(known, key=lambda row: row.stats["saturation"]) for pick in (min, max))
+                mean = metrics[f"saturation/{phase}/mean"]
+                said.append(f"saturation {mean:.1%}, from {_told(lowest)} to {_told(highest)}")
+            if len(known) < len(rows):
+                said.append("only bounds of " + ", ".join(_bounds(row) for row in rows if not _is_known(row)))
+            if said:
+                lines.append(f"{self._run}  step {window.step}  {phase}: {'; '.join(said)}")
+            if self._table and rows:
                 lines += _layers(rows)
         self._print(lines)
 
@@ -59,14 +64,29 @@ class ConsoleWriter:
             sys.stdout.flush()
 
 
+def _is_known(row: LayerRow) -> bool:
+    return math.isfinite(row.stats.get("saturation", math.nan))
+
+
+def _is_bounded(row: LayerRow) -> bool:
+    return row.saturation_low is not None and row.saturation_high is not None
+
+
 def _told(row: LayerRow) -> str:
     return f"{row.layer} {row.stats['saturation']:.0%}"
 
 
+def _bounds(row: LayerRow) -> str:
+    return f"{row.layer} {row.saturation_low:.0%} to {row.saturation_high:.0%}"
+
+
 def _layers(rows: Sequence[LayerRow]) -> list[str]:
     width = max(len(row.layer) for row in rows)
-    return [
-        f"  {row.layer:<{width}}  {row.stats['intrinsic_dimensionality']:>6.0f} of {row.features:<6}"
-        f"  {row.stats['saturation']:>6.1%}"
-        for row in rows
-    ]
+    lines = []
+    for row in rows:
+        if _is_known(row):
+            dimension, share = f"{row.stats['intrinsic_dimensionality']:.0f}", f"{row.stats['saturation']:.1%}"
+        else:
+            dimension, share = "–", f"{row.saturation_low:.1%} to {row.saturation_high:.1%}"
+        lines.append(f"  {row.layer:<{width}}  {dimension:>6} of {row.features:<6}  {share:>6}")
+    return lines

@@ -14,9 +14,10 @@ from delve_ray.writers.base import Scalar, WriterRun
 
 SPECTRA = (
     *("run", "trial", "attempt", "phase", "step", "revision", "layer", "layer_type", "features", "samples"),
-    *("nonfinite_rows", "workers", "world_size", "threshold", *SCALAR_STATS, *EXTRA_STATS, "wall_time"),
+    *("nonfinite_rows", "workers", "world_size", "threshold", *SCALAR_STATS, *EXTRA_STATS),
+    *("sketched", "saturation_low", "saturation_high", "unseen_variance", "wall_time"),
 )
-"""Columns of spectra.csv: those of the Parquet files that are no lists."""
+"""Columns of spectra.csv: what there is of a layer's window but lists."""
 SCALARS = ("run", "trial", "attempt", "rank", "name", "step", "value", "wall_time")
 """Columns of scalars.csv."""
 
@@ -70,6 +71,8 @@ class _File:
     def __init__(self, path: str, columns: Sequence[str]) -> None:
         self._path, self._columns = path, columns
         self._size: int | None = None  # up to which it is whole; None where that has to be looked at
+        # Where a row has the values of the file's columns; None for a column that it has no value of.
+        self._places: list[int | None] = list(range(len(columns)))
 
     def append(self, rows: Iterable[Sequence[str]]) -> None:
         """Append rows; on return they are on disk. A crash may leave half of them: cut off by the next append."""
@@ -83,14 +86,21 @@ class _File:
             end = file.seek(0, os.SEEK_END)
             if self._size is None or self._size > end:
                 self._size = _whole(file, end)
+                self._places = self._places_in(file)
             file.truncate(self._size)
             if not self._size:
                 writer.writerow(self._columns)
-            writer.writerows(lines)
+            writer.writerows([[line[place] if place is not None else "" for place in self._places] for line in lines])
             file.write(text.getvalue().encode())
             file.flush()
             os.fsync(file.fileno())
             self._size = file.seek(0, os.SEEK_END)
+
+    def _places_in(self, file: Any) -> list[int | None]:
+        """Where the values of the file's columns are in a row; another version may have begun it with others."""
+        file.seek(0)
+        heads = next(csv.reader([file.readline().decode(errors="replace")]), []) if self._size else self._columns
+        return [self._columns.index(name) if name in self._columns else None for name in heads]
 
 
 def _whole(file: Any, end: int) -> int:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from delve_ray.checks import check_flag
 from delve_ray.moments import unpack_triangle
-from delve_ray.schema import EXTRA_STATS, SCALAR_STATS, LayerRow, PublishedWindow
+from delve_ray.schema import EXTRA_STATS, INTERVAL, SCALAR_STATS, LayerRow, PublishedWindow
 from delve_ray.storage import Storage
 from delve_ray.writers.base import Scalar, WriterRun
 
@@ -29,10 +29,12 @@ class NpyWriter:
 
     `numpy.load` opens an archive and reads of it what is asked for. Arrays of one value per layer, in network order:
     `layer`, `layer_type`, `features`, `samples`, `nonfinite_rows`, `threshold`, and each statistic under its long
-    name, float64, NaN where a layer has none. Per layer, float64: `eigenvalues/<layer>`, descending, (d,),
-    `mean/<layer>`, (d,), with the stat "cov" `covariance/<layer>`, (d, d), and with "embed" `embedding/<layer>`, of
-    shape (k, 2), k rows along the two leading eigenvectors. Single values: `attempt`, `step`, `revision`, `workers`,
-    `world_size`; of several thresholds also `thresholds`, (t,), and `intrinsic_dimensionalities`, (layers, t).
+    name, float64, NaN where a layer has none; where layers are sketched also `sketched`, bool, and `saturation_low`,
+    `saturation_high` and `unseen_variance`. Per layer, float64: `eigenvalues/<layer>`, descending, (d,), of a sketched
+    layer its head alone, `mean/<layer>`, (d,), with the stat "cov" `covariance/<layer>`, (d, d), and with "embed"
+    `embedding/<layer>`, of shape (k, 2), k rows along the two leading eigenvectors. Single values: `attempt`, `step`,
+    `revision`, `workers`, `world_size`; of several thresholds also `thresholds`, (t,), and
+    `intrinsic_dimensionalities`, (layers, t).
 
     A corrected window replaces its file, and a later attempt those of the steps that it replays, never the other way
     round. Live windows are left out. A file of user scalars is one structured array with the fields attempt, rank,
@@ -109,6 +111,10 @@ def window_arrays(window: PublishedWindow, rows: Sequence[LayerRow]) -> Iterator
     for stat in (*SCALAR_STATS, *EXTRA_STATS):
         if any(row.stats.get(stat) is not None for row in rows):
             yield stat, np.array([row.stats.get(stat, np.nan) for row in rows], np.float64)
+    if any(row.sketched for row in rows):
+        yield "sketched", np.array([row.sketched for row in rows], np.bool_)
+        for name in (*INTERVAL, "unseen_variance"):
+            yield name, np.array([getattr(row, name) for row in rows], np.float64)  # None becomes NaN
     if rows[0].thresholds:
         yield "thresholds", np.array(rows[0].thresholds, np.float64)
         yield "intrinsic_dimensionalities", np.array([row.intrinsic_dimensionalities for row in rows], np.int64)

@@ -56,6 +56,14 @@ def test_layers_that_only_some_runs_have_keep_their_place_and_have_no_difference
     assert mean == ["mean", "37.5", "%", "58.3", "%", "+25.0", "%"]
 
 
+def test_a_layer_without_a_value_is_named_and_the_means_are_said_to_differ():
+    runs = {"x": values("a", ("in", 0.5), ("wide", 0.25)), "y": values("b", ("in", 0.75), ("wide", None))}
+    text = comparison_table(compare(runs))
+    assert "B has no saturation of wide" in text.splitlines()
+    assert "mean: of what stands in each column" in text
+    assert "has no" not in comparison_table(compare({"x": runs["x"], "y": runs["x"]}))
+
+
 def test_runs_of_one_name_are_told_apart_by_their_labels():
     runs = {"here": values("run", ("fc", 0.5)), "there": values("run", ("fc", 0.75))}
     assert rows(compare(runs), "label", "run", "difference") == [("here", "run", 0.0), ("there", "run", 0.25)]

@@ -100,7 +100,8 @@ def test_a_finding_is_what_becomes_json():
 
 
 def test_the_kinds_are_the_contracts():
-    assert KINDS == ("tail", "bottleneck", "over-wide", "dead", "collapse", "gap", "too-few-observations")
+    contract = ("tail", "bottleneck", "over-wide", "dead", "collapse", "gap", "too-few-observations")
+    assert (*contract, "too-few-columns") == KINDS
     assert sorted(KINDS) == sorted(CONSEQUENCE)
 
 

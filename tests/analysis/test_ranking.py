@@ -73,7 +73,8 @@ def test_what_the_files_say(tmp_path):
     first, _, last = table.to_pylist()
     assert (first["num_parameters"], last["num_parameters"]) == (100, None)
     assert [layer["layer"] for layer in first["wasted"]] == ["b", "d", "a"]
-    assert first["wasted"][0] == {"layer": "b", "features": 64, "intrinsic_dimensionality": 4, "saturation": 4 / 64}
+    wasted = {"layer": "b", "features": 64, "intrinsic_dimensionality": 4, "saturation": 4 / 64, "sketched": False}
+    assert first["wasted"][0] == wasted
     assert last["wasted"] == []
     full = rank_trials([trial("full", 0.9, 1.0, path=run_of(tmp_path / "full", [("a", 10, 10)], 1))])
     assert full.to_pylist()[0]["wasted"] == []

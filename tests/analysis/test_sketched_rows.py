@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 from delve_ray import read_spectra
@@ -15,36 +16,12 @@ from delve_ray.analysis.diagnosis import diagnose
 from delve_ray.analysis.exporting import export_npy, spectra_csv
 from delve_ray.analysis.recompute import recompute
 from delve_ray.analysis.table import layer_table
-from delve_ray.nystrom import Head, head_statistics
+from delve_ray.errors import ReadError
 from delve_ray.storage import Storage
 from delve_ray.writers.parquet import ParquetWriter
 from tests.cli.runs import command
 from tests.spectra_tables import spectra_table
-from tests.windows import layer_row, window
-
-HEAD = np.array([6.0, 2.0, 1.0])
-FEATURES, SAMPLES = 40, 5000
-
-
-def sketched(layer: str, unseen: float, threshold: float = 0.95, **changes: Any) -> Any:
-    """A row as the store publishes one."""
-    known = head_statistics(Head(HEAD, 9.0 + unseen, unseen, FEATURES), FEATURES, threshold)
-    return layer_row(
-        layer,
-        **{
-            "features": FEATURES,
-            "samples": SAMPLES,
-            "threshold": threshold,
-            "stats": known.values,
-            "eigenvalues": HEAD,
-            "mean": np.zeros(FEATURES),
-            "sketched": True,
-            "saturation_low": known.saturation_low,
-            "saturation_high": known.saturation_high,
-            "unseen_variance": unseen,
-        }
-        | changes,
-    )
+from tests.windows import HEAD, layer_row, sketched_row, window
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("sketched") / "run")
     writer = ParquetWriter(Storage(path))
     for step in range(2):
-        rows = [layer_row("whole"), sketched("seen", 0.0625), sketched("unseen", 9.0)]
+        rows = [layer_row("whole"), sketched_row("seen", 0.0625), sketched_row("unseen", 9.0)]
         writer.write(window(rows, step=step, window=step))
     (Path(path) / "run.json").write_text(json.dumps({"run": "run"}))
     return path
@@ -92,7 +69,7 @@ def test_other_thresholds_have_the_interval_of_the_head(run: str) -> None:
 
 def test_a_head_without_its_rest_says_nothing(tmp_path: Path) -> None:
     path = str(tmp_path / "run")
-    ParquetWriter(Storage(path)).write(window([sketched("seen", 0.0625, unseen_variance=None)]))
+    ParquetWriter(Storage(path)).write(window([sketched_row("seen", 0.0625, unseen_variance=None)]))
     (row,) = recompute(path).to_pylist()
     assert [row[name] for name in ("saturation", "saturation_low", "trace")] == [None] * 3
 
@@ -117,19 +94,23 @@ def test_a_diagnosis_says_nothing_that_a_head_does_not_tell() -> None:
                 }
                 rows.append(known)
     assert diagnose(spectra_table(*rows)), "the rules find something in whole spectra"
-    for unseen in ({"intrinsic_dimensionality": None}, {"intrinsic_dimensionality": 2}):
+    for k, kinds in ((None, {"too-few-columns"}), (2, set())):
         heads = [
             row | {"eigenvalues": row["eigenvalues"][:30], "sketched": True, "trace": 30.0, "unseen_variance": 0.0}
             for row in rows
         ]
-        found = diagnose(spectra_table(*(row | unseen for row in heads)))
-        assert {finding.kind for finding in found} <= {"tail"}, found
+        found = diagnose(spectra_table(*(row | {"intrinsic_dimensionality": k} for row in heads)))
+        assert {finding.kind for finding in found} == kinds, found
 
 
 def test_tables_comparisons_and_exports_take_them(run: str, tmp_path: Path) -> None:
     spectra = read_spectra(run)
     said = "train: sketched, with bounds of the saturation: seen 8% to 8%, unseen 8% to 92%"
-    assert said in layer_table(spectra, step=1).splitlines()
+    lines = layer_table(spectra, step=1).splitlines()
+    assert said in lines
+    assert "train: the mean is without unseen" in lines
+    (mean,) = [line for line in lines if line.startswith("mean ")]
+    assert mean.split()[-1] == "37%", "of 2/3 and 3/40"
     other = {"a": spectra, "b": spectra}
     assert [row["difference"] for row in compare(other).to_pylist() if row["layer"] == "seen"] == [0.0, 0.0]
     assert b"saturation_high" in spectra_csv(spectra)
@@ -153,6 +134,9 @@ def test_pictures_take_them(run: str, tmp_path: Path) -> None:
     assert titles[1].endswith("40 features, 5000 samples")
     for draw in (plots.saturation_per_layer, plots.saturation_over_steps):
         draw(spectra, tmp_path / f"{draw.__name__}.png")
+    alone = spectra.filter(pc.field("layer") == "unseen")
+    with pytest.raises(ReadError, match=r"stat='saturation': the layers are sketched, .* There are: trace"):
+        plots.stat_heatmap(alone)
 
 
 def test_the_command_takes_them(run: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -87,19 +88,34 @@ CASES = (
 )
 
 
-def peak_bytes(case: MemoryCase) -> dict[str, int]:
-    """Bytes by which the first hook raises the peak over what was there before, and by which a later one does.
+def peak_bytes() -> list[dict[str, int]]:
+    """Bytes of each case by which the first hook raises the peak over what was there before, and a later one does.
 
     The first also makes the accumulator and scratch memory, which stay.
     """
-    command = [sys.executable, "-m", "tests.benchmarks.memory", "--measure", str(CASES.index(case))]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
-    found: dict[str, int] = json.loads(result.stdout.splitlines()[-1])
-    return found
+    command = [sys.executable, "-m", "tests.benchmarks.memory", "--measure"]
+    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def measure_all() -> None:
+    """Print what each case takes, as JSON, from a process of its own: a fork of this one, which has torch loaded."""
+    import tests.helpers  # noqa: F401
+
+    for case in CASES:
+        child = os.fork()
+        if not child:
+            try:
+                print(json.dumps(measure(case)), flush=True)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        if os.waitpid(child, 0)[1]:
+            raise RuntimeError(f"{case.text} could not be measured")
 
 
 def measure(case: MemoryCase) -> dict[str, int]:
-    """What `peak_bytes` starts a process for."""
+    """What `measure_all` starts a process for."""
     import torch
     from torch import nn
 
@@ -147,8 +163,7 @@ def reset_peak() -> int:
 def memory_section() -> Section:
     """The table of all cases."""
     lines = []
-    for case in CASES:
-        found = peak_bytes(case)
+    for case, found in zip(CASES, peak_bytes(), strict=True):
         shape = "×".join(map(str, case.shape))
         rises = (f"+{mib(found['first'])}", f"+{mib(found['later'])}")
         lines.append((f"{case.text}, {shape}", mib(case.output_bytes), *rises, mib(case.allowed_bytes)))
@@ -166,11 +181,13 @@ def mib(size: float) -> str:
 
 
 def main() -> None:
-    """Print the table, or, in a process of its own, one measurement."""
+    """Print the table, or the measurements alone."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.memory", description=__doc__)
-    parser.add_argument("--measure", type=int, metavar="CASE", help="measure one case in this process, as JSON")
-    options = parser.parse_args()
-    print(memory_section() if options.measure is None else json.dumps(measure(CASES[options.measure])))
+    parser.add_argument("--measure", action="store_true", help="print the measurements alone, as JSON")
+    if parser.parse_args().measure:
+        measure_all()
+    else:
+        print(memory_section())
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 
 from delve_ray.moments import F64
+from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
 from delve_ray.store.protocol import Delta, LayerInfo, Source, checksum, moments_size
 from delve_ray.store.scanning import word_sum
@@ -107,7 +108,7 @@ class Deltas:
         self.layers: list[LayerInfo] = layers_of(widths)
         buffer, entries = buffer_of(widths, 0), entries_of(widths)
         self.nbytes = buffer.nbytes
-        shards = assign(self.layers, num_shards)
+        shards = assign(self.layers, num_shards, WHOLE)
         places = [slice(*ends) for ends in pairwise(accumulate(map(moments_size, widths), initial=0))]
         self.pieces: list[Piece] = []
         for shard in range(num_shards):

@@ -1,6 +1,7 @@
-"""How exact sketches of wide layers are, and what they cost: `python -m tests.benchmarks.sketching accuracy|cost`.
+"""How exact sketches of wide layers are, and what they cost: `python -m tests.benchmarks.sketching accuracy|real|cost`.
 
 accuracy: sketches against the full float64 computation on the same float32 rows, twice as many as there are features.
+real: the same of layers of networks on real data: the digits and the photographs of scikit-learn.
 cost: each width in a fresh process, whose peak of memory is its own. The full form is given by its formula, as it does
 not fit.
 """
@@ -13,9 +14,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from delve_ray import spectrum
 from delve_ray.moments import F64
@@ -23,10 +26,11 @@ from delve_ray.nystrom import head
 from delve_ray.sketch import SketchTotal, sketch_size
 from delve_ray.sketch_accumulator import SketchAccumulator
 from delve_ray.workspace import Workspace
+from tests.models import known
 
 _ROWS = 1024
 _MIB = 1 << 20
-_THRESHOLD = 0.99
+_THRESHOLDS = (0.99, 0.9)
 
 
 def spectra(features: int) -> Iterator[tuple[str, F64]]:
@@ -47,26 +51,107 @@ def rows_of(eigenvalues: F64, rotation: torch.Tensor, seed: int) -> torch.Tensor
 
 def accuracy(widths: Sequence[int], sizes: Sequence[int]) -> None:
     """Print a table of errors."""
-    print("| d | spectrum | k | λ1 | λ10 | λ100 | unseen | k(0.99)/d | interval |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    _print_heads("spectrum", _THRESHOLDS[:1])
     for features in widths:
         generator = torch.Generator().manual_seed(features)
         rotation = torch.linalg.qr(torch.randn(features, features, generator=generator))[0]
         for name, eigenvalues in spectra(features):
-            rows = rows_of(eigenvalues, rotation, seed=1)
-            exact = torch.cov(rows.double().T, correction=0).numpy()
-            own = spectrum.eigenvalues(exact)
-            true = spectrum.saturation(own, _THRESHOLD)
-            for size in sizes:
-                buffer = _sketched(rows, size)
-                found = head(buffer[features:], features, float(len(rows)), samples=len(rows))
-                low, high, reached = found.dimensionality(_THRESHOLD)
-                errors = [_relative_error(found.eigenvalues, own, rank) for rank in (1, 10, 100)]
-                print(
-                    f"| {features} | {name} | {size} | {' | '.join(errors)} | {found.unseen / found.trace:.2%} | "
-                    f"{true:.4f} | {low / features:.4f} … {high / features:.4f}{'' if reached else ' (not reached)'} |",
-                    flush=True,
-                )
+            _compare(name, rows_of(eigenvalues, rotation, seed=1), sizes, _THRESHOLDS[:1])
+
+
+def real(sizes: Sequence[int]) -> None:
+    """Print a table of errors, of layers on real data."""
+    _print_heads("layer", _THRESHOLDS)
+    for name, rows in layers():
+        _compare(name, rows, [size for size in sizes if 2 * (size + 1) < rows.shape[1]], _THRESHOLDS)
+
+
+def _print_heads(what: str, thresholds: Sequence[float]) -> None:
+    heads = ["d", what, "k", "λ1", "λ10", "λ100", "unseen"]
+    heads += [head for threshold in thresholds for head in (f"k({threshold:g})/d", "interval")]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
+
+
+def _compare(name: str, rows: torch.Tensor, sizes: Sequence[int], thresholds: Sequence[float]) -> None:
+    """Print a row for each size, against the full computation."""
+    features = rows.shape[1]
+    own = spectrum.eigenvalues(torch.cov(rows.double().T, correction=0).numpy())
+    for size in sizes:
+        buffer = _sketched(rows, size)
+        found = head(buffer[features:], features, float(len(rows)), samples=len(rows))
+        cells = [
+            f"{features}",
+            name,
+            f"{size}",
+            *(_relative_error(found.eigenvalues, own, rank) for rank in (1, 10, 100)),
+        ]
+        cells.append(f"{found.unseen / found.trace:.2%}")
+        for threshold in thresholds:
+            low, high, reached = found.dimensionality(threshold)
+            cells.append(f"{spectrum.saturation(own, threshold):.4f}")
+            cells.append(f"{low / features:.4f} … {high / features:.4f}{'' if reached else ' (not reached)'}")
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+
+# --- layers on real data ---------------------------------------------------------------------------------------
+
+
+def layers() -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and rows of layers: of a perceptron before and after training, and of a pretrained network."""
+    images, labels = digits()
+    for width in (2048, 4096):
+        torch.manual_seed(width)
+        model = nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+        yield "digits, ReLU, untrained", hidden(model, images)
+        train(model, images, labels)
+        yield "digits, ReLU, trained", hidden(model, images)
+    yield "photographs, EfficientNet-Lite0, `_conv_head`", head_of_efficientnet()
+
+
+def digits() -> tuple[torch.Tensor, torch.Tensor]:
+    """The digits and their labels, each also moved by a pixel in all eight directions: 16,173 of them."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32) / 8 - 1
+    moved = [images.roll((down, right), (1, 2)) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return torch.cat(moved).flatten(1), torch.tensor(found.target).repeat(len(moved))
+
+
+def train(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Five epochs of Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(5):
+        for batch in torch.randperm(len(images)).split(128):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+
+
+@torch.no_grad()
+def hidden(model: nn.Sequential, images: torch.Tensor) -> torch.Tensor:
+    """The activations of the hidden layer."""
+    return torch.cat([model[:2](batch) for batch in images.split(1024)])
+
+
+@torch.no_grad()
+def head_of_efficientnet() -> torch.Tensor:
+    """Each position of the last feature map, of 224×224 pieces of two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    model: Any = known.efficientnet().eval()
+    kept: list[torch.Tensor] = []
+    handle = model._conv_head.register_forward_hook(
+        lambda module, inputs, output: kept.append(output.permute(0, 2, 3, 1).flatten(0, 2))
+    )
+    mean, deviation = (torch.tensor(each).view(3, 1, 1) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    for photograph in load_sample_images().images:
+        whole = (torch.tensor(photograph).permute(2, 0, 1) / 255 - mean) / deviation
+        pieces = whole.unfold(1, 224, 29).unfold(2, 224, 32).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        for batch in pieces.split(16):
+            model(batch)
+    handle.remove()
+    return torch.cat(kept)
 
 
 def _relative_error(found: F64, own: F64, rank: int) -> str:
@@ -126,13 +211,16 @@ def _peak() -> int:
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("accuracy", "cost", "one"))
+    parser.add_argument("part", choices=("accuracy", "real", "cost", "one"))
     parser.add_argument("--widths", type=int, nargs="+")
     parser.add_argument("--sizes", type=int, nargs="+")
     parser.add_argument("--batches", type=int, default=5)
     options = parser.parse_args()
     if options.part == "accuracy":
         accuracy(options.widths or (2048, 4096), options.sizes or (128, 256, 512, 1024))
+        return
+    if options.part == "real":
+        real(options.sizes or (128, 256, 512, 1024))
         return
     widths, sizes = options.widths or (16384, 65536), options.sizes or (1024,)
     if options.part == "one":

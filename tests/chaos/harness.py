@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from delve_ray import read_covariances, read_spectra, shipping, waiting
+from delve_ray.errors import StoreError
 from delve_ray.moments import F64, Moments, unpack_triangle
 from delve_ray.schema import PHASES
 from delve_ray.storage import Data, Storage, _pieces
@@ -273,6 +274,8 @@ class Life:
             saver._changed.notify_all()
         if running is not None:
             for writer in running.writers:
+                if isinstance(writer.writer, parts.PartWriter):
+                    writer.writer.stop_waiting()
                 with writer._changed:
                     writer._ending = writer._stopping = True
                     writer._changed.notify_all()
@@ -311,19 +314,28 @@ class Incarnations:
             self.life = Life(store, storage)
 
     @property
+    def reached(self) -> Any:
+        """The store as a worker reaches it, through all its lives."""
+        return Reached(self)
+
+    @property
     def finished(self) -> bool:
         """Whether the run has ended and everything is written."""
         return self.life is not None and self.life.store.joined and self.life.store.finished
+
+    def end(self) -> None:
+        """Kill the store; nobody starts it anew."""
+        with self.lock:
+            life, self.life = self.life, None
+        assert life is not None
+        life.kill()
 
     def kill(self, *, damage: str | None = None) -> None:
         """Kill the store and start it anew; its newest snapshot may be damaged in between, and the start must say so.
 
         There is no damage where there is no snapshot before that one.
         """
-        with self.lock:
-            life, self.life = self.life, None
-        assert life is not None
-        life.kill()
+        self.end()
         name = damage_newest(self.config.savefile, damage, self.random) if damage else None
         self.start()
         if name is not None:
@@ -335,6 +347,29 @@ class Incarnations:
             said = self.life.store.status()["snapshots"]["damaged"]
             assert [line for line in said if name in line] == said
             assert len(said) == 1
+
+
+class Reached:
+    """A store through all its lives: it does not answer while there is none, nor what a life was asked that ends.
+
+    Nor does a `caller` get through that was killed itself.
+    """
+
+    def __init__(self, lives: Incarnations, caller: MortalStorage | None = None) -> None:
+        self._lives, self._caller = lives, caller
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            life = self._lives.life
+            if life is None or (self._caller is not None and not self._caller.alive):
+                raise StoreError("it is gone")
+            try:
+                return getattr(life.store, name)(*args, **options)
+            finally:
+                if not life.storage.alive:
+                    raise StoreError("it is gone")
+
+        return call
 
 
 def snapshots(savefile: str) -> list[Path]:

@@ -162,11 +162,26 @@ def _read(pid: int, name: str) -> bytes:
 # --- rows that everybody can compute -------------------------------------------------------------------
 
 
-def make_model(features: int = 6) -> nn.Module:
-    """A Linear of 4 to so many features, always the same."""
+class Branches(nn.ModuleList):
+    """Layers of one input. What it gives has the columns of all of them, one after the other."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer(x) for layer in self], dim=1)
+
+
+Features = int | Sequence[int]
+"""Of one Linear, or of several with the same input."""
+
+
+def make_model(features: Features = 6) -> nn.Module:
+    """A Linear of 4 to so many features, or several, always the same."""
     with torch.random.fork_rng():
-        torch.manual_seed(features)
-        return nn.Linear(4, features)
+        if isinstance(features, int) or len(features) == 1:
+            (features,) = [features] if isinstance(features, int) else features
+            torch.manual_seed(features)
+            return nn.Linear(4, features)
+        torch.manual_seed(sum(features))
+        return Branches(nn.Linear(4, each) for each in features)
 
 
 def batch(rank: int, step: int, number: int, rows: int = 16) -> torch.Tensor:
@@ -186,7 +201,7 @@ def outputs(step: int, batches: Mapping[int, Iterable[int]], model: nn.Module | 
 class Worker:
     """One rank, as a Ray actor or in this process: batches, windows, and its tracker's answers."""
 
-    def __init__(self, rank: int, features: int = 6) -> None:
+    def __init__(self, rank: int, features: Features = 6) -> None:
         self.rank = rank
         self.model = make_model(features)
 
@@ -235,22 +250,39 @@ def published(savefile: str, *, killed: bool = False) -> dict[tuple[str, int, st
     return {key: covariances[key] | row for key, row in spectra.items()}
 
 
-def check_rows(savefile: str, expected: Mapping[int, F64], *, more: bool = False, killed: bool = False) -> list[Any]:
-    """Compare the published steps of a Linear, the one layer, with these rows; returns what was published, by step.
+OF_A_WINDOW = ("run", "attempt", "revision", "workers", "world_size", "final", "samples", "wall_time")
+"""Columns in which all layers that see the same batches agree: a window is published as one."""
 
-    With `more` there may be other steps, too.
+
+def check_rows(savefile: str, expected: Mapping[int, F64], *, more: bool = False, killed: bool = False) -> list[Any]:
+    """Compare the published steps of all layers with these rows, whose columns are those of the layers in order.
+
+    Returns what was published of the first layer, by step; in `OF_A_WINDOW` the others are equal. With `more` there may
+    be other steps, too.
     """
-    found = {step: row for (_, step, _), row in published(savefile, killed=killed).items()}
-    assert set(published(savefile, killed=killed)) == {("train", step, "Linear") for step in found}
-    assert sorted(expected) == (sorted(found.keys() & expected.keys()) if more else sorted(found))
+    found = published(savefile, killed=killed)
+    layers, steps = (sorted({key[place] for key in found}) for place in (2, 1))
+    assert layers in ([], ["Linear"], [str(index) for index in range(len(layers))])
+    assert set(found) == {("train", step, layer) for step in steps for layer in layers}
+    assert sorted(expected) == (sorted(set(steps) & expected.keys()) if more else steps)
     for step, rows in expected.items():
-        reference = two_pass_covariance(rows)
-        eigenvalues = np.linalg.eigvalsh(reference)[::-1]
-        covariance = unpack_triangle(np.asarray(found[step]["covariance"]), reference.shape[0])
-        assert found[step]["samples"] == len(rows), step
-        assert np.abs(covariance - reference).max() < TOLERANCE * eigenvalues[0], step
-        assert np.abs(np.asarray(found[step]["eigenvalues"]) - eigenvalues).max() < TOLERANCE * eigenvalues[0], step
-    return [found[step] for step in sorted(expected)]
+        own = [found["train", step, layer] for layer in layers]
+        *ends, width = np.cumsum([row["features"] for row in own])
+        assert width == rows.shape[1], step
+        for row, values in zip(own, np.split(rows, ends, axis=1), strict=True):
+            _check_row(row, values)
+            assert [row[name] for name in OF_A_WINDOW] == [own[0][name] for name in OF_A_WINDOW], step
+    return [found["train", step, layers[0]] for step in sorted(expected)]
+
+
+def _check_row(row: Mapping[str, Any], rows: F64) -> None:
+    """Compare what was published of a layer in a step with these rows."""
+    reference = two_pass_covariance(rows)
+    eigenvalues = np.linalg.eigvalsh(reference)[::-1]
+    covariance = unpack_triangle(np.asarray(row["covariance"]), reference.shape[0])
+    assert row["samples"] == len(rows), row["step"]
+    assert np.abs(covariance - reference).max() < TOLERANCE * eigenvalues[0], row["step"]
+    assert np.abs(np.asarray(row["eigenvalues"]) - eigenvalues).max() < TOLERANCE * eigenvalues[0], row["step"]
 
 
 def run_file(savefile: str) -> dict[str, Any]:
@@ -262,32 +294,46 @@ def run_file(savefile: str) -> dict[str, Any]:
 # --- stores in Ray -------------------------------------------------------------------------------------
 
 
-def store_log(pid: int) -> str:
-    """What the process of an actor in this Ray has written to its log."""
+def store_log(*pids: int) -> str:
+    """What the processes of actors in this Ray have written to their logs."""
     import ray._private.worker
 
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
-    return "".join(path.read_text(errors="replace") for path in logs.glob(f"worker-*-{pid}.err"))
+    paths = (path for pid in pids for path in sorted(logs.glob(f"worker-*-{pid}.err")))
+    return "".join(path.read_text(errors="replace") for path in paths)
+
+
+def statuses(handle: Any) -> list[dict[str, Any]]:
+    """What a store says of itself, and after it what its shards do."""
+    import ray
+
+    status = ray.get(handle.status.remote())
+    return [status, *status.get("shards", [])]
 
 
 @contextlib.contextmanager
 def store(savefile: str, run: str, **options: Any) -> Iterator[Any]:
-    """A store in this Ray, ended in the end whatever state it is in."""
+    """A store in this Ray, ended in the end whatever state it is in, with its shards."""
     import ray
 
     from delve_ray.store import actor
     from delve_ray.store.protocol import StoreConfig
 
-    options = {"world_size": 1, "stats": STATS, "snapshot_every": 0.5} | options
+    options = {"world_size": 1, "stats": STATS, "snapshot_every": 0.5, "num_shards": 1} | options
     handle = actor.start(StoreConfig(run=run, savefile=savefile, publish_every=0.0, **options))
     try:
         yield handle
     finally:
-        ray.kill(handle, no_restart=True)
+        shards = range(options["num_shards"]) if options["num_shards"] > 1 else ()
+        for shard in (None, *shards):
+            with contextlib.suppress(delve_ray.StoreError):  # it has ended, and its name is free for the next
+                while True:
+                    ray.kill(actor.find(run, shard=shard), no_restart=True)
+                    time.sleep(0.02)
 
 
 @contextlib.contextmanager
-def workers(ranks: Iterable[int], features: int = 6) -> Iterator[list[Any]]:
+def workers(ranks: Iterable[int], features: Features = 6) -> Iterator[list[Any]]:
     """Workers as Ray actors, each in a process of its own."""
     import ray
 

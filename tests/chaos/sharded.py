@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from delve_ray.errors import StoreError
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import PartWriter, ShardStore, shard_config
@@ -16,30 +14,7 @@ from delve_ray.store.protocol import StoreConfig
 from delve_ray.store.saving import Saver
 from delve_ray.store.sharded import ShardedStore
 from delve_ray.writers.parquet import ParquetWriter
-from tests.chaos.harness import Incarnations, MortalStorage
-
-
-class Reached:
-    """A store through all its lives: it does not answer while there is none, nor what a life was asked that ends.
-
-    Nor does a `caller` get through that was killed itself.
-    """
-
-    def __init__(self, lives: Incarnations, caller: MortalStorage | None = None) -> None:
-        self._lives, self._caller = lives, caller
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            life = self._lives.life
-            if life is None or (self._caller is not None and not self._caller.alive):
-                raise StoreError("it is gone")
-            try:
-                return getattr(life.store, name)(*args, **options)
-            finally:
-                if not life.storage.alive:
-                    raise StoreError("it is gone")
-
-        return call
+from tests.chaos.harness import Incarnations, MortalStorage, Reached
 
 
 @dataclass
@@ -56,7 +31,10 @@ class _Together:
 
 
 class ShardedIncarnations:
-    """`Incarnations` of a front and its shards; a kill hits one of them."""
+    """`Incarnations` of a front and its shards; a kill hits one of them.
+
+    `reached` is the store as a worker reaches it, through all its lives.
+    """
 
     def __init__(
         self, config: StoreConfig, rng: random.Random, num_shards: int, failing: float = 0.0, every: float = 0.01
@@ -70,11 +48,12 @@ class ShardedIncarnations:
         ]
         front: Any = Reached(self.front)
         shards: list[Any] = [Reached(shard) for shard in self.shards]
-        self.life: Any = _Together(ShardedStore(front, shards))
+        self.reached = ShardedStore(front, shards)
+        self.life: Any = _Together(self.reached)
 
     def _make_shard(self, shard: int, config: StoreConfig, storage: MortalStorage, saver: Saver) -> CovarianceStore:
         front: Any = Reached(self.front, storage)
-        writer = PartWriter(shard, lambda: front)
+        writer = PartWriter(shard, lambda: front, self.config.num_shards)
         return ShardStore(config, writers=[writer], saver=saver, finish_timeout=20.0)
 
     def start(self) -> None:
@@ -97,12 +76,28 @@ class ShardedIncarnations:
         """Processes that there were."""
         return sum(each.lives for each in (self.front, *self.shards))
 
-    def kill(self, *, damage: str | None = None) -> None:
-        """Kill one of the processes, and start it anew."""
+    def kill(self, *, damage: str | None = None, process: Incarnations | None = None) -> None:
+        """Kill one of the processes, any unless it is said which, and start it anew."""
         self.life.storage.alive = False
-        self.random.choice((self.front, *self.shards)).kill(damage=damage)
-        self.life = _Together(self.life.store)
+        (process or self.random.choice((self.front, *self.shards))).kill(damage=damage)
+        self.life = _Together(self.reached)
 
 
 def _make_front(config: StoreConfig, storage: MortalStorage, saver: Saver) -> FrontStore:
     return FrontStore(config, writers=[ParquetWriter(storage)], saver=saver, finish_timeout=20.0)
+
+
+Lives = Incarnations | ShardedIncarnations
+
+
+def lives_of(
+    config: StoreConfig, rng: random.Random, num_shards: int, failing: float = 0.0, every: float = 0.01
+) -> Lives:
+    """A store that can be killed, with shards or without, in its first life."""
+    store: Lives = (
+        Incarnations(config, rng, failing, every)
+        if num_shards == 1
+        else ShardedIncarnations(config, rng, num_shards, failing, every)
+    )
+    store.start()
+    return store

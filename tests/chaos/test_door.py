@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from delve_ray.errors import DeltaRefused, UnknownSource
+from delve_ray.sketch import WHOLE
 from delve_ray.store.assignment import assign
 from delve_ray.store.attempt import AHEAD
 from delve_ray.store.core import CovarianceStore
@@ -48,7 +49,7 @@ class Running:
         if num_shards > 1:
             self.store = LocalShards(replace(CONFIG, num_shards=num_shards), lambda _: None)
             self.stores = [self.store.local_front, *self.store.local_shards]
-        self.assigned = assign(LAYERS, num_shards)
+        self.assigned = assign(LAYERS, num_shards, WHOLE)
         for rank in range(2):
             self.store.register(source(rank), CONFIG, LAYERS)
         self.rows: list[Rows] = []

@@ -1,6 +1,7 @@
 """A store that has stopped while the training goes on: the worker's memory stays bounded, and nothing is lost unsaid.
 
-Ray, the store and the worker have processes of their own, so that the worker's memory is the worker's alone.
+Ray, the store and the worker have processes of their own, so that the worker's memory is the worker's alone. Of a store
+with shards one process has stopped, the front or a shard; the others hold no more than they do at any time.
 """
 
 from __future__ import annotations
@@ -8,12 +9,15 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from delve_ray.store.memory import store_bytes
+from delve_ray.store.protocol import moments_size
 from tests.chaos.processes import (
     NEVER_S,
     Worker,
@@ -23,6 +27,7 @@ from tests.chaos.processes import (
     memory,
     outputs,
     run_file,
+    statuses,
     stopped,
     store,
     times,
@@ -32,12 +37,19 @@ from tests.chaos.processes import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
-FEATURES = 600
+FEATURES: dict[int, Sequence[int]] = {1: (600,), 2: (700, 690)}
+"""Of the layers, by the number of shards: each has one."""
 MAX_MEMORY = 160 << 20
-DELTA_BYTES = 8 * (FEATURES + FEATURES * (FEATURES + 1) // 2)
-"""Of a window: 120 of them would not fit."""
 EVERY = 50
 """Batches per window of the worker that is measured; any other rank has one."""
+PROCESS_BYTES = 48 << 20
+"""What a store's process may take beside its moments: imports at the first use, and what its allocator keeps."""
+SHARDS = pytest.mark.parametrize("num_shards", FEATURES, ids=["alone", "shards"])
+
+
+def delta_bytes(num_shards: int) -> int:
+    """Of a window."""
+    return 8 * sum(map(moments_size, FEATURES[num_shards]))
 
 
 def reset_peak() -> int:
@@ -54,41 +66,52 @@ def reset_peak() -> int:
     return memory()["VmRSS"]
 
 
-def measured(worker: Worker, others: list[Any], windows: int) -> dict[str, Any]:
-    """Train; what the worker's memory and its outbox came to at most."""
+def measured(worker: Worker, others: list[Any], windows: int, stores: Sequence[int]) -> dict[str, Any]:
+    """Train; what the worker's outbox came to at most, and by how much the memory of the stores' processes grew."""
     import ray
 
     shipper = worker.tracker._shipper
     most: dict[str, Any] = {"memory_bytes": 0, "disk_bytes": 0, "unmerged": 0, "lost": 0}
+    before = [memory(pid)["RssAnon"] for pid in stores]
+    grown = [0] * len(stores)
     for step in range(windows):
         worker.window(step, range(EVERY))
         # A window of a few milliseconds closes faster than it is packed; what then happens is another test's matter.
         wait_until(lambda: len(shipper._queue) < 4, "the packer")
         ray.get([other.window.remote(step, [0]) for other in others])
         most = higher(most, worker.outbox())
+        grown = [max(now, memory(pid)["RssAnon"] - was) for now, pid, was in zip(grown, stores, before, strict=True)]
     # The last windows are packed meanwhile, and rows of theirs may be given up after the last look.
     wait_until(lambda: not (shipper._queue or shipper._packing), "the last windows to be packed")
-    return higher(most, worker.outbox())
+    return higher(most, worker.outbox()) | {"stores": grown}
 
 
 def higher(most: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     return {name: max(value, now[name]) for name, value in most.items()}
 
 
-def train_against_a_stopped_store(savefile: str, spill: str, windows: int, world_size: int) -> None:
-    """Rank 0 trains in this process while the store is stopped; prints what it took, and delivers."""
+def train_against_a_stopped_store(
+    savefile: str, spill: str, windows: int, world_size: int, num_shards: int, stops: int
+) -> None:
+    """Rank 0 trains in this process while a store is stopped; prints what it took, and delivers.
+
+    Of the front and its shards, the one that `stops` is counted from the front on.
+    """
     import ray
 
     ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=200 << 20, logging_level="ERROR")
     options = {"world_size": world_size, "late_after": 0.0, "silent_after": NEVER_S, "snapshot_every": 1.0}
-    with store(savefile, "stopped", **options) as handle, workers(range(1, world_size), FEATURES) as others:
-        worker = Worker(0, FEATURES)
+    options["num_shards"], features = num_shards, FEATURES[num_shards]
+    with store(savefile, "stopped", **options) as handle, workers(range(1, world_size), features) as others:
+        worker = Worker(0, features)
         worker.batches(0, range(EVERY))  # as much as an untracked training takes
         before = reset_peak()
         worker.track(store=handle, spill_dir=spill, max_memory=MAX_MEMORY)
         ray.get([other.track.remote(store=handle, spill_dir=f"{savefile}-spill") for other in others])
-        with stopped(ray.get(handle.status.remote())["pid"]):
-            most = measured(worker, others, windows)
+        pids = [status["pid"] for status in statuses(handle)]
+        going_on = [pid for index, pid in enumerate(pids) if index != stops]
+        with stopped(pids[stops]):
+            most = measured(worker, others, windows, going_on)
         most["peak"] = memory()["VmHWM"] - before
         most["gave_up"] = worker.tracker._shipper.outbox.lost_rows
         ray.get([other.call.remote("close") for other in others])
@@ -110,7 +133,7 @@ def train_with_a_packer_that_hangs(savefile: str, spill: str) -> None:
     def hang(*_: object) -> Any:
         threading.Event().wait()
 
-    worker = Worker(0, FEATURES)
+    worker = Worker(0, FEATURES[1])
     worker.batches(0, [0])
     before = reset_peak()
     core = Hanging(StoreConfig("hanging", savefile, 1, silent_after=0.0))
@@ -126,16 +149,28 @@ def train_with_a_packer_that_hangs(savefile: str, spill: str) -> None:
 
 
 def train_apart(
-    tmp_path: Path, savefile: str, spill: Path, windows: int, world_size: int
+    tmp_path: Path, savefile: str, spill: Path, windows: int, world_size: int, num_shards: int, stops: int
 ) -> tuple[dict[str, Any], str]:
     """What a training took, and what it said; the numbers are printed, for people."""
     with family(tmp_path) as processes:
-        said = processes.run(train_against_a_stopped_store, savefile, str(spill), windows, world_size)
+        arguments = savefile, str(spill), windows, world_size, num_shards, stops
+        said = processes.run(train_against_a_stopped_store, *arguments)
         processes.wait_gone()
     found = numbers(said)
     shown = {name: f"{found[name] / (1 << 20):.1f}" for name in ("peak", "memory_bytes", "disk_bytes")}
-    print(f"of {windows * DELTA_BYTES / (1 << 20):.0f} MiB recorded, max_memory {MAX_MEMORY >> 20} MiB: {shown} MiB")
+    shown["stores"] = " and ".join(f"{grown / (1 << 20):.1f}" for grown in found["stores"])
+    recorded = windows * delta_bytes(num_shards) >> 20
+    print(f"of {recorded} MiB recorded, max_memory {MAX_MEMORY >> 20} MiB: {shown} MiB")
     return found, said
+
+
+def check_stores(found: dict[str, Any], world_size: int, num_shards: int, stops: int) -> None:
+    """The front and the shards that went on hold what `store_bytes` says, of two windows, and not all that there is."""
+    widths = [[], *([width] for width in FEATURES[num_shards])] if num_shards > 1 else [FEATURES[1]]
+    del widths[stops]
+    assert len(found["stores"]) == len(widths)
+    for grown, own in zip(found["stores"], widths, strict=True):
+        assert grown < store_bytes(own, windows=2, sources=world_size).peak + PROCESS_BYTES
 
 
 def numbers(said: str) -> dict[str, Any]:
@@ -145,39 +180,48 @@ def numbers(said: str) -> dict[str, Any]:
     return found
 
 
-def expected(steps: list[int], batches: dict[int, Any]) -> dict[int, np.ndarray]:
-    model = make_model(FEATURES)
+def expected(steps: list[int], batches: dict[int, Any], num_shards: int) -> dict[int, np.ndarray]:
+    model = make_model(FEATURES[num_shards])
     return {step: outputs(step, batches, model) for step in steps}
 
 
-def test_a_worker_whose_store_has_stopped_keeps_to_its_memory(savefile: str, tmp_path: Path) -> None:
-    windows = times(10_000 // EVERY)
-    assert windows * DELTA_BYTES > 1.5 * MAX_MEMORY, "it would not fit"
-    found, _ = train_apart(tmp_path, savefile, tmp_path / "spill", windows, 1)
+@SHARDS
+def test_a_worker_whose_store_has_stopped_keeps_to_its_memory(savefile: str, tmp_path: Path, num_shards: int) -> None:
+    """With shards, the first of them stops."""
+    windows, stops = times(10_000 // EVERY if num_shards == 1 else 66), num_shards - 1
+    recorded = windows * delta_bytes(num_shards)
+    assert recorded > 1.5 * MAX_MEMORY, "it would not fit"
+    found, _ = train_apart(tmp_path, savefile, tmp_path / "spill", windows, 1, num_shards, stops)
     assert found["peak"] < MAX_MEMORY
     assert found["memory_bytes"] < MAX_MEMORY
-    assert found["disk_bytes"] + found["memory_bytes"] >= (windows - 2) * DELTA_BYTES
+    assert found["disk_bytes"] + found["memory_bytes"] >= recorded - 2 * delta_bytes(num_shards)
     assert (found["lost"], found["gave_up"]) == (0, [])
-    rows = check_rows(savefile, expected(list(range(windows)), {0: range(EVERY)}))
+    check_stores(found, 1, num_shards, stops)
+    rows = check_rows(savefile, expected(list(range(windows)), {0: range(EVERY)}, num_shards))
     assert [(row["workers"], row["final"]) for row in rows] == [(1, True)] * windows
     assert run_file(savefile)["end"]["problems"] == []
     assert not list((tmp_path / "spill").iterdir()), "what waited there has arrived"
 
 
-def test_rows_that_neither_memory_nor_disk_holds_are_given_up_and_missed(savefile: str, tmp_path: Path) -> None:
-    """A file is in the way of the worker's folder; the other rank has another."""
-    windows = times(80)
+@SHARDS
+def test_rows_that_neither_memory_nor_disk_holds_are_given_up_and_missed(
+    savefile: str, tmp_path: Path, num_shards: int
+) -> None:
+    """A file is in the way of the worker's folder; the other rank has another. With shards, the front stops."""
+    windows = times(80 if num_shards == 1 else 30)
     spill = tmp_path / "spill"
     spill.write_text("in the way")
-    found, said = train_apart(tmp_path, savefile, spill / "folder", windows, 2)
+    found, said = train_apart(tmp_path, savefile, spill / "folder", windows, 2, num_shards, 0)
     assert found["peak"] < MAX_MEMORY
     assert found["memory_bytes"] < MAX_MEMORY
     assert found["disk_bytes"] == 0
+    check_stores(found, 2, num_shards, 0)
     assert 0 < found["lost"] == len(found["gave_up"])
     lost = [step for step in range(windows) if f"rank 0: rows of step {step} are given up" in said]
     assert 0 < len(lost) < windows, "some may have been given up before they were packed"
     kept = [step for step in range(windows) if step not in lost]
-    reference = expected(kept, {0: range(EVERY), 1: [0]}) | expected(lost, {1: [0]})
+    batches = {0: range(EVERY), 1: [0]}
+    reference = expected(kept, batches, num_shards) | expected(lost, {1: [0]}, num_shards)
     rows = check_rows(savefile, reference)
     assert [row["workers"] for row in rows] == [1 if step in lost else 2 for step in range(windows)]
     assert {row["world_size"] for row in rows} == {2}

@@ -42,7 +42,7 @@ from tests.chaos.harness import (
     source,
 )
 from tests.chaos.processes import times
-from tests.chaos.sharded import ShardedIncarnations
+from tests.chaos.sharded import Lives, lives_of
 
 WITHIN_S = 60.0
 """How long one simulated run may take on a busy machine."""
@@ -161,16 +161,6 @@ class Rank:
         self.outbox.offer_all()
 
 
-Lives = Incarnations | ShardedIncarnations
-
-
-def lives_of(config: StoreConfig, rng: random.Random, num_shards: int, failing: float, every: float) -> Lives:
-    """A store that can be killed, with shards or without."""
-    if num_shards == 1:
-        return Incarnations(config, rng, failing=failing, every=every)
-    return ShardedIncarnations(config, rng, num_shards, failing=failing, every=every)
-
-
 def run_simulated(seed: int, savefile: str, folder: Path, num_shards: int = 1) -> Lives:
     """One run of two to four ranks, from its first row to the end; returns what became of its store."""
     rng = random.Random(seed)
@@ -184,7 +174,6 @@ def run_simulated(seed: int, savefile: str, folder: Path, num_shards: int = 1) -
     )
     failing, every = rng.choice((0.0, 0.0, 0.3)), rng.choice((0.002, 0.02, 0.5))
     store = lives_of(own, rng, num_shards, failing, every)
-    store.start()
     network, truth, scalars = Network(store, rng), Truth(), list[tuple[str, int, int, float]]()
     windows = rng.randint(2, 6)
     ranks = [Rank(rank, windows, network, own, truth, str(folder / f"{rank}"), scalars) for rank in range(world)]
@@ -373,7 +362,6 @@ def test_every_row_once_with_real_trackers(
     late, every = rng.choice((0.0, 0.02)), rng.choice((0.01, 0.2))
     own = config(savefile=savefile, world_size=world, publish_every=0.02, late_after=late, snapshot_every=every)
     store = lives_of(own, rng, num_shards, rng.choice((0.0, 0.2)), every)
-    store.start()
     trainers = [Trainer(rank, store, 25, seed, tmp_path) for rank in range(world)]
     for trainer in trainers:
         trainer.start()

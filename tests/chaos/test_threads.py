@@ -115,7 +115,7 @@ class Gate:
 
 def goes_on(store: CovarianceStore, workers: list[Worker], gate: Gate) -> None:
     """While one thing is held at the gate, deltas are merged and questions answered."""
-    assert gate.entered.wait(20)
+    assert gate.entered.wait(60)
     before = store.status()["ranks"][1]["deltas"]
     done = threading.Event()
 
@@ -129,7 +129,7 @@ def goes_on(store: CovarianceStore, workers: list[Worker], gate: Gate) -> None:
         done.set()
 
     threading.Thread(target=use, daemon=True).start()
-    assert done.wait(20), "somebody waits for a lock that is held meanwhile"
+    assert done.wait(60), "somebody waits for a lock that is held meanwhile"
     assert not gate.open.is_set()
     assert store.status()["ranks"][1]["deltas"] == before + 5
     gate.open.set()
@@ -191,7 +191,7 @@ def test_the_publisher_does_not_wait_for_the_saver(savefile: str) -> None:
     saver._put = gate = Gate(saver._put)  # type: ignore[method-assign]
     worker.send({(0, 0): np.eye(3)}, closes=True)
     saver.hurry()
-    assert gate.entered.wait(20)
+    assert gate.entered.wait(60)
     until(lambda: keeper.windows)
     assert not gate.open.is_set()
     gate.open.set()
@@ -212,7 +212,7 @@ def test_nobody_waits_for_a_delta_that_is_merged(
     deltas = [worker.next({(1, 0): np.eye(5)}) for worker in team]
     threads = [threading.Thread(target=store.take, args=delta, daemon=True) for delta in deltas]
     threads[0].start()
-    assert gate.entered.wait(20)
+    assert gate.entered.wait(60)
     threads[1].start()
     threads[1].join(0.3)  # until it is as far as it gets
     done = threading.Event()
@@ -231,7 +231,7 @@ def test_nobody_waits_for_a_delta_that_is_merged(
     gate.open.set()
     assert not waited, "somebody waits for a lock that is held meanwhile"
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     assert [status["deltas"] for status in store.status()["ranks"].values()] == [2, 2, 1]
 
 
@@ -250,7 +250,7 @@ def test_a_window_is_not_parked_while_a_late_delta_is_merged(savefile: str, monk
         written(self, name, data)
         if "/window-" in name and not merging.is_set():
             taking.start()
-            assert merging.wait(20)
+            assert merging.wait(60)
 
     def park(self: CovarianceStore, handle: Window, version: int, name: str) -> None:
         threading.Timer(0.3, parked.set).start()  # if parking waits for the delta, the delta goes on
@@ -259,13 +259,13 @@ def test_a_window_is_not_parked_while_a_late_delta_is_merged(savefile: str, monk
 
     def add(self: Entry, *moments: Any) -> None:
         merging.set()
-        assert parked.wait(20)
+        assert parked.wait(60)
         adding(self, *moments)
 
     monkeypatch.setattr(Entry, "add", add)
     monkeypatch.setattr(CovarianceStore, "parked", park)
     monkeypatch.setattr(Storage, "write_atomic", write_atomic)
-    assert merging.wait(20)
+    assert merging.wait(60)
     taking.join(20)
     for worker in (first, late):
         worker.leave()

@@ -56,7 +56,8 @@ def test_the_contenders_by_saturation_then_the_others(sweep, capsys):
     assert (rows[0]["accuracy"], rows[0]["num_parameters"]) == (0.975, 200)
     assert (rows[0]["config/lr"], rows[0]["config/net/width"]) == (0.2, 16)
     assert rows[0]["path"] == str(sweep / "t2")
-    assert rows[0]["wasted"][0] == {"layer": "conv1", "features": 3, "intrinsic_dimensionality": 1, "saturation": 0.6}
+    wasted = {"layer": "conv1", "features": 3, "intrinsic_dimensionality": 1, "saturation": 0.6, "sketched": False}
+    assert rows[0]["wasted"][0] == wasted
 
     assert main(["rank", str(sweep)]) == 0
     lines = capsys.readouterr().out.splitlines()

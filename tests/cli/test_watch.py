@@ -23,6 +23,7 @@ from delve_ray.errors import StoreError
 from delve_ray.store.answers import MOST_WINDOWS
 from delve_ray.store.core import CovarianceStore
 from tests.chaos.processes import family, wait_until
+from tests.leftovers import kill
 from tests.stores import Keeper, Worker, config, published, rows, source, until
 
 ENDED = {"run": "r", "world_size": 2, "end": {"time": "2026-01-02T04:05:06+00:00", "why": "closed"}}
@@ -64,8 +65,7 @@ def behind() -> Iterator[dict[str, Any]]:
     until(lambda: store.status()["writers"][1]["last_error"])
     yield store.status()
     slow.go_on.set()
-    store.finish("test")
-    assert store.wait_finished(60)
+    kill(store)  # its end would wait for the writer that fails
 
 
 def test_ranks_windows_memory_and_writers(behind: dict[str, Any]) -> None:

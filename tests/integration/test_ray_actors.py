@@ -172,7 +172,7 @@ def test_an_unwritable_savefile_is_refused_and_leaves_no_store(workers: Any, tmp
     (worker,) = workers(1)
     with pytest.raises(delve_ray.OptionError, match="savefile"):
         ray.get(worker.track.remote(str(tmp_path / "file" / "run"), "parquet", run="nowhere"))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             delve_ray.get_store("nowhere")

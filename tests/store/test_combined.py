@@ -30,8 +30,8 @@ from delve_ray.store.protocol import Ack, Bundle, Delta, LayerInfo, Source
 from delve_ray.store.saving import Saver
 from delve_ray.writers.base import Scalar
 from tests.chaos.processes import times
-from tests.store.test_sharded import FEATURES, LAYERS, Alive, Sender, Sharded, check, some_rows, with_widths
-from tests.store.test_sharded import layers as layers  # the fixture
+from tests.store.six_layers import FEATURES, LAYERS, Sender, check, local_shards, mortal, some_rows, with_widths
+from tests.store.six_layers import layers as layers  # the fixture
 from tests.stores import Keeper, Worker, config, until
 
 NODE = range(4)
@@ -118,7 +118,7 @@ def test_the_files_are_those_without_a_combiner(tmp_path: Path, num_shards: int)
     if num_shards == 1:
         store = CovarianceStore(replace(options, savefile=str(tmp_path / "run")))
     else:
-        store = Sharded(str(tmp_path / "run"), num_shards, world_size=len(NODE), embed_rows=6).store
+        store = local_shards(tmp_path / "run", num_shards, world_size=len(NODE), embed_rows=6)
     workers = [Worker(store, rank, store.settings()) for rank in NODE]
     combiner = Combiner(store, LAYERS, 6)
     for step in range(3):
@@ -201,7 +201,7 @@ def test_a_bundle_is_taken_whole_and_once() -> None:
     assert [(ack.merged, ack.next_seq) for ack in again if ack] == [(False, 1)] * 4
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of(offers)
     assert (store.counts["bundles"], store.counts["bundled"], store.counts["deltas"]) == (1, 4, 4)
 
@@ -219,7 +219,7 @@ def test_one_delta_that_is_there_already_leaves_the_others_to_themselves(there: 
         assert store.take(*offer).merged == (rank != there)
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of(offers)
 
 
@@ -236,7 +236,11 @@ def test_each_error_comes_out_at_its_worker() -> None:
     stranger = replace(good[2][0], source=replace(good[2][0].source, source="stranger", rank=9)).sealed(good[2][1])
     offers = [good[0], (good[1][0].sealed(broken), broken), (stranger, good[2][1]), good[3]]
     combiner.forget(good[2][0].source)
-    found = together(combiner.take, offers)
+    with ThreadPoolExecutor(1) as pool:
+        strange = pool.submit(together, combiner.take, offers[2:3])
+        until(lambda: combiner.ranks == 4)  # from now on all wait for all
+        others = together(combiner.take, [*offers[:2], offers[3]])
+        found = [*others[:2], *strange.result(60), others[2]]
     assert isinstance(found[1], DeltaRefused)
     assert "non-finite" in str(found[1])
     assert isinstance(found[2], UnknownSource)
@@ -249,7 +253,7 @@ def test_each_error_comes_out_at_its_worker() -> None:
     assert combiner.take(*good[2]).merged
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of([*first, *good])
 
 
@@ -276,7 +280,7 @@ def test_a_replaced_source_costs_no_other_its_rows() -> None:
     assert store.take(*ours[0]).merged
     for worker in (first, new):
         worker.leave()
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert published_counts(keeper) == count_of([offers[0], *ours])
 
 
@@ -291,7 +295,7 @@ def test_a_late_bundle_corrects_a_window_that_waits_in_a_file(tmp_path: Path) ->
     assert [ack.merged for ack in acks if ack] == [True, True]
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     rows = read_spectra(tmp_path).to_pylist()
     found = {(int(row["layer"][5:]), ("train", "eval").index(row["phase"])): row["samples"] for row in rows}
     assert found == count_of(offers)
@@ -380,9 +384,9 @@ def test_what_is_no_bundle_is_refused_and_changes_nothing(tmp_path: Path, name: 
     store, workers, _ = node_store(world_size=2)
     take: Any = store.take_bundle
     if num_shards > 1:
-        sharded = Sharded(str(tmp_path), num_shards)
-        workers = [Worker(sharded.store, rank, sharded.config) for rank in range(2)]  # type: ignore[arg-type]
-        take = sharded.store.take_bundle
+        sharded = local_shards(tmp_path, num_shards)
+        workers = [Worker(sharded, rank, sharded.config) for rank in range(2)]
+        take = sharded.take_bundle
     offers = offers_of(workers)
     bundle, buffer = bundle_of(offers)
     bad = tamper(bundle, buffer)
@@ -411,12 +415,12 @@ class Recorder:
 
     def take(self, delta: Delta, buffer: F64) -> Ack:
         self.calls.append([delta.source.rank])
-        self.gate.wait(20)
+        self.gate.wait(60)
         return Ack(0, next_seq=delta.seq + 1)
 
     def take_bundle(self, bundle: Bundle, buffer: F64) -> tuple[Ack, ...]:
         self.calls.append(sorted(header.source.rank for header in bundle.headers))
-        self.gate.wait(20)
+        self.gate.wait(60)
         return tuple(Ack(0, next_seq=header.seq + 1) for header in bundle.headers)
 
 
@@ -437,9 +441,9 @@ def test_while_a_bundle_is_on_its_way_the_next_gathers() -> None:
         rest = [pool.submit(combiner.take, *offer) for offer in offers[1:]]
         until(lambda: combiner.ranks == 4)
         store.gate.set()
-        assert first.result(20).next_seq == 1
+        assert first.result(60).next_seq == 1
         again = pool.submit(combiner.take, *offers_of(workers[:1], 0, False, 1)[0])
-        assert [future.result(20).next_seq for future in (*rest, again)] == [1, 1, 1, 2]
+        assert [future.result(60).next_seq for future in (*rest, again)] == [1, 1, 1, 2]
     assert store.calls == [[0], [0, 1, 2, 3]]
     assert combiner.idle
 
@@ -457,7 +461,7 @@ def test_there_is_a_bound_on_bytes() -> None:
         store.gate.set()
         combiner.patience = 0.0
         for call in calls:
-            call.result(20)
+            call.result(60)
     assert sorted(rank for call in store.calls for rank in call) == [0, 1, 2, 3]
     assert max(map(len, store.calls)) <= 2
 
@@ -517,45 +521,15 @@ class Wire:
         self.combiner.forget(source)
 
 
-class Alone:
-    """A store without shards that can be killed, with the methods of `Sharded`."""
-
-    def __init__(self, savefile: str, world_size: int) -> None:
-        self.config = config(
-            savefile=savefile,
-            save_to=("parquet",),
-            stats=("saturation", "trace", "cov", "embed"),
-            world_size=world_size,
-            snapshot_every=0.05,
-        )
-        self.core: Any = CovarianceStore(self.config, saver=Saver(Storage(savefile), 0.05))
-        self.store: Any = Alive(lambda: self.core)
-
-    def kill_shard(self, _: int) -> None:
-        old, self.core = self.core, None
-        Sharded._stop(self, old)  # type: ignore[arg-type]
-        new = CovarianceStore(replace(self.config, resume=True), saver=Saver(Storage(self.config.savefile), 0.05))
-        new.restore()
-        self.core = new
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("num_shards", [1, 3])
 @pytest.mark.parametrize("seed", range(times(3)))
 def test_whatever_is_lost_or_killed_every_row_counts_once(tmp_path: Path, seed: int, num_shards: int) -> None:
     rng, dice = np.random.default_rng(seed), random.Random(seed)
-    stores: Any
-    if num_shards == 1:
-        stores = Alone(str(tmp_path), len(NODE))
-    else:
-        stores = Sharded(str(tmp_path), num_shards, world_size=len(NODE))
-    direct = stores.store
+    stores = mortal(tmp_path, num_shards, seed, world_size=len(NODE))
+    direct = stores.reached
     wire = Wire(lambda: Combiner(direct, LAYERS, 256, patience=0.02), dice, 0.08)
-    stores.store = CombinedStore(direct, lambda: wire, again=0.01)
-    senders = [Sender(stores, rank) for rank in NODE]
-    for sender in senders:  # each has a store of its own, as each worker does
-        sender.sharded = type("Own", (), {"store": CombinedStore(direct, lambda: wire, again=0.01)})()
-        sender.sharded.config = stores.config
+    senders = [Sender(CombinedStore(direct, lambda: wire, again=0.01), rank, stores.config) for rank in NODE]
     sent: dict[int, list[Any]] = {}
     with ThreadPoolExecutor(len(NODE)) as pool:
         for step in range(5):
@@ -568,7 +542,7 @@ def test_whatever_is_lost_or_killed_every_row_counts_once(tmp_path: Path, seed: 
                 if dice.random() < 0.4:
                     wire.kill()
                 if dice.random() < 0.25:
-                    stores.kill_shard(dice.randrange(num_shards))
+                    stores.kill()
                 for future in running:
                     future.result(60)
                 if dice.random() < 0.3:
@@ -696,10 +670,10 @@ def test_all_but_deltas_goes_straight_to_the_store() -> None:
     assert combined.settings() == store.config
     assert combined.heartbeat(worker.source).next_seq == 0
     assert combined.take_bundle(*bundle_of(offers_of([worker])))[0] is not None
-    assert combined.flush(10)
+    assert combined.flush(60)
     assert combined.progress().missing == store.progress().missing
     assert combined.leave(worker.source, completed=True, sent=1, timeout=1.0).left
-    assert combined.wait_finished(10)
+    assert combined.wait_finished(60)
     assert combined.status()["bundles"] == 1
     combined.end(worker.source)
     assert combined.abandon()

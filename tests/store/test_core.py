@@ -14,7 +14,7 @@ import pytest
 from delve_ray import DeltaRefused, OptionError, RegistrationError, StoreError, read_covariances, read_spectra
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Delta, LayerInfo
-from tests.stores import LAYERS, RNG, Keeper, Worker, config, published, rows, source, written
+from tests.stores import LAYERS, RNG, Keeper, Worker, config, published, rows, silent, source, until, written
 
 
 def test_two_workers_merge_to_the_covariance_of_all_rows() -> None:
@@ -108,9 +108,7 @@ def test_live_rows_come_first_and_rise_in_revision() -> None:
     store = CovarianceStore(config(world_size=1, publish_every=0.02), writers=[keeper := Keeper()])
     worker = Worker(store, 0)
     worker.send({(0, 0): rows(10, 3)}, step=3)
-    deadline = time.monotonic() + 10
-    while not keeper.windows and time.monotonic() < deadline:
-        time.sleep(0.01)
+    until(lambda: keeper.windows)
     live = keeper.windows[0]
     assert (live.final, live.revision, live.workers, live.rows[0].samples) == (False, 0, 0, 10)
     worker.send({(0, 0): rows(10, 3)}, step=3, closes=True)
@@ -120,7 +118,9 @@ def test_live_rows_come_first_and_rise_in_revision() -> None:
     assert final.rows[0].samples == 20
     assert [window.revision for window in keeper.windows] == list(range(len(keeper.windows)))
     count = len(keeper.windows)
-    time.sleep(0.7)
+    store._next_live = 0.0
+    assert store.poll() == []
+    assert store.running().flush(60)
     assert len(keeper.windows) == count, "nothing changed, so nothing is to be published"
 
 
@@ -133,7 +133,7 @@ def test_the_last_rank_to_leave_finishes_the_run() -> None:
     second.send({(0, 0): rows(2, 3)}, step=1, closes=True)  # rank 0 left: it counts as having closed this one, too
     written(store, 2)
     assert store.leave(second.source, completed=True, sent=second.seq).finished
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert keeper.closed
     assert [(w.step, w.workers, w.rows[0].samples) for w in keeper.windows] == [(0, 2, 11), (1, 2, 2)]
     with pytest.raises(RegistrationError, match="has ended"):
@@ -165,24 +165,28 @@ def test_a_worker_that_fails_leaves_the_run_open_and_a_new_attempt_starts_over()
 
 
 def test_a_silent_run_is_published_and_ended(caplog: pytest.LogCaptureFixture) -> None:
-    store = CovarianceStore(config(silent_after=0.2), writers=[keeper := Keeper()])
+    store = CovarianceStore(config(silent_after=1000.0), writers=[keeper := Keeper()])
     worker = Worker(store, 0)
     worker.send({(0, 0): rows(5, 3)}, step=7)
-    assert store.wait_finished(10)
+    silent(store, 0, 1001.0)
+    assert store.wait_finished(60)
     (window,) = keeper.windows
     assert (window.step, window.workers, window.rows[0].samples, window.final) == (7, 0, 5, True)
     assert "none of its workers was heard of" in caplog.text
 
 
-def test_writers_fail_alone(caplog: pytest.LogCaptureFixture) -> None:
-    good, bad, slow = Keeper("good"), Keeper("bad", fail=True), Keeper("slow", delay=0.3)
+def test_writers_fail_alone(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, good, bad, slow = threading.Event(), Keeper("good"), Keeper("bad", fail=True), Keeper("slow")
+    monkeypatch.setattr("delve_ray.store.writing.RETRY_S", (0.01, 0.01))
+    monkeypatch.setattr(slow, "write", lambda window: (go_on.wait(60), Keeper.write(slow, window)))
     store = CovarianceStore(config(world_size=1), writers=[bad, slow, good])
     worker = Worker(store, 0)
-    start = time.monotonic()
     for step in range(3):
         worker.send({(0, 0): rows(5, 3)}, step=step, closes=True)
     published(store, 3)
-    assert time.monotonic() - start < 0.6, "a slow writer holds up nobody"
+    until(lambda: len(good.windows) == 3)
+    assert slow.windows == [], "a slow writer holds up nobody"
+    go_on.set()
     assert store.flush(60)
     assert [w.step for w in good.windows] == [w.step for w in slow.windows] == [0, 1, 2]
     status = {writer["name"]: writer for writer in store.status()["writers"]}
@@ -191,7 +195,7 @@ def test_writers_fail_alone(caplog: pytest.LogCaptureFixture) -> None:
     assert status["good"]["written"] == 3
     assert any("writer bad" in problem for problem in store.progress().problems)
     assert store.leave(worker.source, completed=True, sent=worker.seq).finished
-    assert store.wait_finished(10)
+    assert store.wait_finished(60)
     assert good.closed
     assert slow.closed
     assert bad.closed
@@ -336,7 +340,7 @@ def test_files_agree_with_the_store(savefile: str) -> None:
     for step in range(3):
         worker.send({(0, 0): rows(20, 3, 5.0), (1, 1): rows(9, 5)}, step=step, closes=True)
     store.leave(worker.source, completed=True, sent=worker.seq)
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     spectra, covariances = read_spectra(savefile), read_covariances(savefile)
     assert spectra.num_rows == covariances.num_rows == 6
     last = next(row for row in covariances.to_pylist() if row["step"] == 2 and row["layer"] == "conv")
@@ -362,7 +366,7 @@ def test_thresholds_and_statistics_on_request_reach_metrics_and_files(savefile: 
     sent = np.random.default_rng(0).normal(size=(4, 5)) * np.array([100.0, 1, 1, 1, 1])
     worker.send({(1, 0): sent}, closes=True)
     store.leave(worker.source, completed=True, sent=worker.seq)
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     metrics = store.progress().metrics
     (row,) = read_spectra(savefile).to_pylist()
     assert (row["threshold"], row["thresholds"], row["intrinsic_dimensionalities"]) == (0.9, [0.9, 0.5, 1.0], [1, 1, 3])

@@ -39,7 +39,7 @@ def test_an_error_is_raised_once_what_is_under_way_has_ended() -> None:
         raise ValueError("seven")
 
     def last() -> None:
-        assert failed.wait(20)
+        assert failed.wait(60)
         ended.set()
 
     begun: list[int] = []

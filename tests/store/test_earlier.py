@@ -15,7 +15,7 @@ from delve_ray.moments import Moments
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import PublishedWindow, window_metrics
 from delve_ray.storage import Storage
-from delve_ray.store.assignment import assign
+from delve_ray.store.assignment import shards_of
 from delve_ray.store.earlier import Earlier, final_windows, read_parts
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 from delve_ray.store.publishing import layer_row
@@ -23,7 +23,8 @@ from delve_ray.store.window import Collected
 from delve_ray.writers.parquet import ParquetWriter
 
 LAYERS = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (6, 3, 9), strict=True)]
-CONFIG = StoreConfig("r", "unused", 2, num_shards=2)
+ASSIGNED = {"a": 1, "b": 1, "c": 0}
+"""The shard of each layer."""
 
 
 def window(stats: tuple[str, ...] = ("trace", "alpha", "rankme", "cov", "embed"), **changes: Any) -> PublishedWindow:
@@ -49,12 +50,11 @@ def test_the_parts_of_all_shards_make_the_window_that_was_written(tmp_path: Path
     assert earlier == Earlier(
         attempt=1, window=4, revision=3, step=7, complete=True, shards={0: (2, True), 1: (2, True)}
     )
-    parts = read_parts(storage, earlier, LAYERS, CONFIG)
-    assigned = dict(zip("abc", assign(LAYERS, 2), strict=True))
+    parts = read_parts(storage, earlier, ASSIGNED)
     found = {(row.layer, row.phase): row for part in parts.values() for row in part.rows}
     assert set(parts) == {0, 1}
     for shard, part in parts.items():
-        assert {row.layer for row in part.rows} == {name for name, where in assigned.items() if where == shard}
+        assert {row.layer for row in part.rows} == {name for name, where in ASSIGNED.items() if where == shard}
         assert (part.revision, part.final, part.workers, part.complete, part.step) == (-1, True, 2, True, 7)
     assert len(found) == len(written.rows) == 6
     for row in written.rows:
@@ -72,8 +72,9 @@ def test_sketches_have_the_shards_that_their_own_cost_gives_them(tmp_path: Path)
     ParquetWriter(storage).write(window())
     (earlier,) = final_windows(storage, [(1, 4)])
     layers = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (500, 100, 100), strict=True)]
-    for config, first in ((CONFIG, {"a"}), (replace(CONFIG, max_features=200, sketch_size=8), {"a", "b"})):
-        parts = read_parts(storage, earlier, layers, config)
+    whole = StoreConfig("r", "unused", 2, num_shards=2)
+    for config, first in ((whole, {"a"}), (replace(whole, max_features=200, sketch_size=8), {"a", "b"})):
+        parts = read_parts(storage, earlier, shards_of(layers, config))
         assert [{row.layer for row in parts[shard].rows} for shard in (0, 1)] == [first, set("abc") - first]
 
 
@@ -81,8 +82,7 @@ def test_without_covariances_the_norm_of_the_mean_stays(tmp_path: Path) -> None:
     storage, written = Storage(tmp_path), window(stats=("trace",), shards={0: (2, True)})
     ParquetWriter(storage).write(written)
     (earlier,) = final_windows(storage, [(1, 4)])
-    parts = read_parts(storage, earlier, LAYERS, replace(CONFIG, num_shards=1))
-    rows = [row for part in parts.values() for row in part.rows]
+    rows = [row for part in read_parts(storage, earlier, dict.fromkeys("abc", 0)).values() for row in part.rows]
     assert [row.mean_norm for row in rows] == [row.mean_norm for row in written.rows]
     assert {row.covariance is None and row.embedding is None for row in rows} == {True}
 
@@ -102,7 +102,7 @@ def test_each_shard_has_what_its_own_part_said(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     ParquetWriter(storage).write(window(workers=1, shards={1: (2, True), 0: (1, False)}))
     (earlier,) = final_windows(storage, [(1, 4)])
-    parts = read_parts(storage, earlier, LAYERS, CONFIG)
+    parts = read_parts(storage, earlier, ASSIGNED)
     assert not earlier.complete
     assert {shard: (part.workers, part.complete) for shard, part in parts.items()} == {0: (1, False), 1: (2, True)}
     assert read_spectra(tmp_path).num_rows == 6

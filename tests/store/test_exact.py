@@ -89,7 +89,7 @@ def test_any_split_over_workers_batches_flushes_and_orders(data: st.DataObject, 
             rank.flush(closes=False)
     for rank in data.draw(st.permutations(ranks), "closing"):
         rank.flush(closes=True)
-    assert store.flush(10)
+    assert store.flush(60)
     covariance, reference = store.covariance("layer", "train"), two_pass_covariance(rows)
     assert covariance_error(covariance, reference) <= TOLERANCE
     result, expected = store.spectrum("layer", "train"), spectrum.eigenvalues(reference)
@@ -105,7 +105,7 @@ def published_spectrum(rows: Tensor, ranks: int = 3) -> np.ndarray:
     for worker, part in zip(workers, rows.tensor_split(ranks), strict=True):
         worker.batches = list(part.split(100)) if len(part) else []
         worker.flush(closes=True)
-    assert store.flush(10)
+    assert store.flush(60)
     return store.spectrum("layer", "train")
 
 

@@ -16,7 +16,7 @@ from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Delta, Held
 from delve_ray.store.saving import Saver
-from tests.stores import LAYERS, Keeper, Worker, config, rows, source, until, written
+from tests.stores import LAYERS, Keeper, Worker, config, rows, silent, source, until, written
 
 
 def saved_store(savefile: str, every: float = 0.02, **changes: Any) -> CovarianceStore:
@@ -62,7 +62,7 @@ def test_windows_that_wait_for_a_late_rank_lie_in_files(savefile: str) -> None:
     until(lambda: store.status()["waiting_windows"] == 0, "every one is corrected")
     fast.leave()
     assert slow.leave().finished
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     for row in read_covariances(savefile).to_pylist():
         together = np.concatenate([mine[row["step"]], theirs[row["step"]]])
         assert (row["samples"], row["workers"], row["revision"]) == (len(together), 2, 1)
@@ -97,20 +97,16 @@ def test_a_parked_window_that_is_damaged_is_named_and_the_run_goes_on(savefile: 
 
 
 def test_nothing_waits_for_a_rank_that_is_silent_for_long() -> None:
-    store = CovarianceStore(config(late_after=0.0, silent_after=0.3), writers=[keeper := Keeper()])
+    store = CovarianceStore(config(late_after=0.0, silent_after=1000.0), writers=[keeper := Keeper()])
     alive, dead = Worker(store, 0), Worker(store, 1)
     dead.send({(0, 0): rows(3, 3)}, step=0)
     alive.send({(0, 0): rows(5, 3)}, step=0, closes=True)
-
-    def beat() -> object:
-        store.heartbeat(alive.source)
-        return keeper.windows
-
-    until(beat, "the other rank is given up")
+    silent(store, 1, 1001.0)
+    until(lambda: keeper.windows, "the other rank is given up")
     assert (keeper.windows[0].workers, keeper.windows[0].rows[0].samples) == (1, 8)
     alive.send({(0, 0): rows(6, 3)}, step=1, closes=True)
-    until(lambda: beat() and len(keeper.windows) == 2)
-    until(lambda: beat() and store.status()["waiting_windows"] == 0)
+    until(lambda: len(keeper.windows) == 2)
+    until(lambda: store.status()["waiting_windows"] == 0)
     late = store.take(*dead.next({(0, 0): rows(4, 3)}, step=0, closes=True))
     assert (late.late, late.merged, late.next_seq) == (True, False, 2), "taken note of, and left out"
     assert store.status()["late"] == 1
@@ -135,7 +131,7 @@ def test_a_worker_that_takes_over_a_rank_goes_on_where_the_others_are() -> None:
         worker.send({(0, 0): rows(7, 3)}, step=3, closes=True)
     stays.leave()
     assert other.leave().finished
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     found = {w.step: (w.workers, w.rows[0].samples) for w in keeper.windows}
     assert found == {0: (2, 10), 1: (1, 9), 2: (1, 12), 3: (2, 14)}
 

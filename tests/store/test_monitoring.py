@@ -207,7 +207,7 @@ def test_a_metric_that_fails_does_not_stop_the_watching(monkeypatch: pytest.Monk
     ended = threading.Event()
     Broken(CovarianceStore(config(world_size=1), writers=[]), Recorded).start(ended)
     for _ in range(3):
-        assert calls.acquire(timeout=30)
+        assert calls.acquire(timeout=60)
     ended.set()
 
 

@@ -25,7 +25,7 @@ class Slow(Keeper):
 
     def open(self, run: Any) -> None:
         self.begun.release()
-        assert self.go_on.acquire(timeout=30)
+        assert self.go_on.acquire(timeout=60)
         self.fails -= 1
         if self.fails >= 0:
             raise RuntimeError("no such project")
@@ -64,7 +64,7 @@ def asked(question: Any) -> Any:
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(20)
+    thread.join(60)
     assert found, "it waits for the writers"
     return found[0]
 
@@ -77,7 +77,7 @@ def test_questions_are_answered_while_writers_are_opened(savefile: str) -> None:
     writer = Slow()
     store = CovarianceStore(slow(savefile, writer))
     first = Registering(store, 0)
-    assert writer.begun.acquire(timeout=30)
+    assert writer.begun.acquire(timeout=60)
     second = Registering(store, 1)
     assert asked(store.status)["ranks"] == {}
     assert isinstance(asked(store.progress), StoreError), "there is no worker yet"
@@ -91,7 +91,7 @@ def test_questions_are_answered_while_writers_are_opened(savefile: str) -> None:
     for sender in senders:
         sender.send({(1, 0): rows(20, 5)}, closes=True)
         sender.leave()
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     assert [window.workers for window in writer.windows] == [2]
 
 
@@ -99,16 +99,16 @@ def test_a_writer_that_cannot_be_opened_leaves_the_store_to_the_next(savefile: s
     writer = Slow(fails=1)
     store = CovarianceStore(slow(savefile, writer))
     first = Registering(store, 0)
-    assert writer.begun.acquire(timeout=30)
+    assert writer.begun.acquire(timeout=60)
     second = Registering(store, 1)
     writer.go_on.release()
     error = first.wait()
     assert isinstance(error, OptionError)
     with pytest.raises(OptionError, match="no such project"):
         raise error
-    assert writer.begun.acquire(timeout=30), "the other one opens them anew"
+    assert writer.begun.acquire(timeout=60), "the other one opens them anew"
     writer.go_on.release()
     assert second.wait() == Welcome(attempt=0, window=0)
     assert (writer.opened, sorted(store.status()["ranks"])) == (1, [1])
     store.finish("test")
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)

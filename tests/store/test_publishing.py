@@ -142,7 +142,7 @@ class Sending:
 
     def rows(self) -> tuple[LayerRow, ...]:
         """What is published now, checked against all rows that were sent."""
-        assert self.store.flush(20)
+        assert self.store.flush(60)
         rows = self.keeper.windows[-1].rows
         for row in rows:
             index = int(row.layer.removeprefix("layer"))

@@ -67,12 +67,12 @@ def test_who_waits_takes_the_first_place_that_is_free(monkeypatch: pytest.Monkey
 
     def here(layer: LayerInfo, *_: Any) -> str:
         begun["here"].release()
-        assert go_on.acquire(timeout=30)
+        assert go_on.acquire(timeout=60)
         return f"{layer.name} here"
 
     def elsewhere(_: RemoteSpectra, layer: LayerInfo, *__: Any) -> str:
         begun["elsewhere"].release()
-        assert free_elsewhere.acquire(timeout=30)
+        assert free_elsewhere.acquire(timeout=60)
         return f"{layer.name} elsewhere"
 
     monkeypatch.setattr(remote_spectra, "layer_row", here)
@@ -87,14 +87,14 @@ def test_who_waits_takes_the_first_place_that_is_free(monkeypatch: pytest.Monkey
         return thread
 
     threads = [start("a", 64)]
-    assert begun["elsewhere"].acquire(timeout=30)
+    assert begun["elsewhere"].acquire(timeout=60)
     threads.append(start("b", 64))
-    assert begun["here"].acquire(timeout=30)
+    assert begun["here"].acquire(timeout=60)
     threads += [start("narrow", 8), start("c", 64)]
     free_elsewhere.release()
-    assert begun["elsewhere"].acquire(timeout=30), "c goes where a has been, though somebody waits for the core here"
+    assert begun["elsewhere"].acquire(timeout=60), "c goes where a has been, though somebody waits for the core here"
     go_on.release()
-    assert begun["here"].acquire(timeout=30)
+    assert begun["here"].acquire(timeout=60)
     go_on.release()
     free_elsewhere.release()
     for thread in threads:

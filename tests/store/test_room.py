@@ -17,7 +17,7 @@ CONFIG = StoreConfig("r", "/nowhere", 4, num_shards=2)
 
 
 def test_each_shard_has_the_bytes_of_its_own_layers() -> None:
-    assigned = assign(LAYERS, 2)
+    assigned = assign(LAYERS, 2, CONFIG.sketching)
     for shard, found in enumerate(shares(CONFIG, LAYERS, phases=2)):
         own = [info.features or 0 for info, where in zip(LAYERS, assigned, strict=True) if where == shard]
         assert found == store_bytes(own, phases=2, sources=4)

@@ -34,7 +34,7 @@ class Disk(Storage):
         self.open.set()
 
     def write_atomic(self, relative: str, data: Data) -> None:
-        self.open.wait(20)
+        self.open.wait(60)
         if self.error is not None:
             raise self.error
         super().write_atomic(relative, data)
@@ -51,7 +51,7 @@ def begin(savefile: str, **changes: Any) -> tuple[CovarianceStore, Disk]:
 
 def save(store: CovarianceStore) -> None:
     assert store.saver is not None
-    assert store.saver.wait_saved(store._version, 20)
+    assert store.saver.wait_saved(store._version, 60)
 
 
 def kill(disk: Disk) -> None:
@@ -76,7 +76,7 @@ def snapshots(savefile: str) -> list[Path]:
 def finish(store: CovarianceStore, workers: list[Worker]) -> None:
     for worker in workers:
         worker.leave()
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
 
 
 def test_a_killed_store_goes_on_from_its_snapshot_and_what_the_workers_still_have(savefile: str) -> None:
@@ -230,7 +230,7 @@ def test_a_published_window_that_was_not_written_is_published_again(savefile: st
     worker = Worker(store, 0)
     writer = store.running().writers[0].writer
     write = writer.write
-    writer.write = lambda window: (hold.wait(20), write(window))[1]  # type: ignore[method-assign, func-returns-value]
+    writer.write = lambda window: (hold.wait(60), write(window))[1]  # type: ignore[method-assign, func-returns-value]
     worker.send({(1, 0): rows(40, 5)}, step=5, closes=True)
     until(lambda: store.progress().published == 1)
     save(store)
@@ -251,12 +251,12 @@ def test_a_run_that_was_ending_ends(savefile: str) -> None:
     worker.send({(1, 0): rows(40, 5)}, step=5)
     hold = threading.Event()
     close = store.running().writers[0].close
-    store.running().writers[0].close = lambda timeout: (hold.wait(20), close(timeout))[1]  # type: ignore[method-assign]
+    store.running().writers[0].close = lambda timeout: (hold.wait(60), close(timeout))[1]  # type: ignore[method-assign]
     assert worker.leave().finished
     save(store)
     kill(disk)
     second = again(savefile, world_size=1)
-    assert second.wait_finished(20)
+    assert second.wait_finished(60)
     assert second.heartbeat(worker.source).finished
     hold.set()
     assert [(r["step"], r["samples"]) for r in read_covariances(savefile).to_pylist()] == [(5, 40)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from delve_ray.recorder import Recorder, RecorderOptions
 from delve_ray.reservoir import Reservoir
 from delve_ray.schema import LayerRow
 from delve_ray.selection import select_layers
-from delve_ray.sketch import SketchRule, omega, sketch_size
+from delve_ray.sketch import WHOLE, SketchRule, omega, sketch_size
 from delve_ray.storage import Storage
 from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
@@ -31,6 +32,7 @@ from delve_ray.store.saving import Saver
 from delve_ray.store.sharded import LocalShards
 from delve_ray.store.state import config_of, window_entries
 from delve_ray.store.window import Collected, Entry
+from tests.chaos.sharded import ShardedIncarnations
 from tests.stores import Keeper, Worker, config, published, until, written
 
 WIDE, SIZE = 90, 16
@@ -42,19 +44,23 @@ OPTIONS: dict[str, Any] = {"max_features": 64, "sketch_size": SIZE}
 class SketchingWorker(Worker):
     """Sends sketches of wide layers."""
 
+    def __init__(self, *args: Any, rule: SketchRule = RULE, **changes: Any) -> None:
+        super().__init__(*args, **changes)
+        self.rule = rule
+
     def delta(self, rows: dict[tuple[int, int], np.ndarray], step: int, closes: bool) -> tuple[Delta, np.ndarray]:
         entries, parts = [], [np.empty(0)]
         for (layer, phase), values in sorted(rows.items()):
             moments = Moments.from_rows(values)
             entries.append((layer, phase, moments.n, 0))
-            parts += [moments.mean, packed(moments)]
+            parts += [moments.mean, packed(moments, self.rule)]
         delta = Delta(self.source, self.attempt, self.seq, self.window, step, closes, closes, tuple(entries))
         buffer = np.concatenate(parts)
         return delta.sealed(buffer), buffer
 
 
-def packed(moments: Moments) -> F64:
-    columns = RULE.columns(moments.features)
+def packed(moments: Moments, rule: SketchRule = RULE) -> F64:
+    columns = rule.columns(moments.features)
     if not columns:
         return moments.packed()
     test = omega(moments.features, columns).dense(0, moments.features)
@@ -95,7 +101,7 @@ def same(row: Any, expected: LayerRow) -> None:
 
 
 def own(savefile: str = "/nowhere", **changes: Any) -> StoreConfig:
-    return config(savefile=savefile, product_eps=2.0**-52, **(OPTIONS | changes))
+    return config(savefile=savefile, **({"product_eps": 2.0**-52} | OPTIONS | changes))
 
 
 def send_all(workers: list[SketchingWorker], windows: int = 1) -> list[dict[int, F64]]:
@@ -205,7 +211,7 @@ def test_a_restarted_store_goes_on_with_its_sketches(tmp_path: Path) -> None:
     first = some_rows(1)
     workers[0].send(first)
     assert store.saver is not None
-    assert store.saver.wait_saved(store._version, 20)
+    assert store.saver.wait_saved(store._version, 60)
     store.saver.stop()
     restarted = CovarianceStore(replace(options, resume=True), saver=Saver(Storage(options.savefile), 3600.0))
     restarted.restore()
@@ -264,7 +270,7 @@ def test_shards_publish_what_one_store_does(tmp_path: Path) -> None:
         published(store, 2)
         for worker in workers:
             worker.leave()
-        assert store.wait_finished(20)
+        assert store.wait_finished(60)
     rows = {(row["step"], row["layer"]): row for row in read_spectra(options.savefile).to_pylist()}
     assert len(rows) == 6
     for window in keeper.windows:
@@ -277,8 +283,38 @@ def test_shards_publish_what_one_store_does(tmp_path: Path) -> None:
 
 def test_shards_are_assigned_by_the_cost_of_a_sketch() -> None:
     infos = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (500, 100, 100), strict=True)]
-    assert assign(infos, 2) == [0, 1, 1]
+    assert assign(infos, 2, WHOLE) == [0, 1, 1]
     assert assign(infos, 2, SketchRule(200, 8)) == [0, 0, 1], "500·10 values are fewer than 100·103/2"
+
+
+def test_a_front_that_is_started_anew_knows_which_shard_has_a_sketched_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One shard corrects a window, and the other is gone: what that one had published is in the files."""
+    infos = [LayerInfo(name, "Linear", width) for name, width in zip("abc", (100, 60, 60), strict=True)]
+    assert (assign(infos, 2, RULE), assign(infos, 2, WHOLE)) == ([0, 0, 1], [0, 1, 1])
+    monkeypatch.setattr("tests.stores.LAYERS", infos)
+    monkeypatch.setattr("delve_ray.store.parts.TOGETHER_S", 0.05)
+    rng = np.random.default_rng(0)
+    rows = [{(index, 0): rng.normal(size=(40, info.features)) for index, info in enumerate(infos)} for _ in range(2)]
+    options = own(str(tmp_path), save_to=("parquet",), stats=("trace",), late_after=0.05)
+    lives = ShardedIncarnations(options, random.Random(0), num_shards=2)
+    lives.start()
+    early, late = (SketchingWorker(lives.reached, rank, lives.config) for rank in range(2))
+    early.send(rows[0], closes=True)
+    until(lambda: any(tmp_path.glob("spectra/*.parquet")))
+    front = lives.front.life.store
+    assert front.saver.wait_saved(front._version, 20)
+    lives.kill(process=lives.front)
+    lives.shards[1].end()
+    assert lives.front.reached.assigned() == {"a": 0, "b": 0, "c": 1}
+    delta, buffer = late.next(rows[1], closes=True)
+    piece = lives.reached._cut(delta, buffer)[0]
+    assert lives.shards[0].reached.take(*piece).merged
+    assert lives.front.reached.take(replace(delta, entries=()).sealed(np.empty(0)), np.empty(0)).merged
+    until(lambda: max(read_spectra(tmp_path).column("samples").to_pylist()) == 80)
+    found = [(row["layer"], row["samples"], row["workers"]) for row in read_spectra(tmp_path).to_pylist()]
+    assert found == [("a", 80, 1), ("b", 80, 1), ("c", 40, 1)]
 
 
 # --- a tracker ------------------------------------------------------------------------------------------------

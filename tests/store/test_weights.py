@@ -98,7 +98,7 @@ def test_weights_merge_to_two_passes_in_any_order(data: st.DataObject) -> None:
     for index in data.draw(st.permutations(range(len(deltas))), "order"):
         assert store.take(*deltas[index]).merged
         if data.draw(st.booleans(), "live"):
-            assert store.flush(10)
+            assert store.flush(60)
         assert not store.take(*deltas[index]).merged
     for worker in workers:
         worker.send({}, closes=True)
@@ -153,7 +153,7 @@ def test_weights_survive_a_restart(savefile: str) -> None:
     for part in parts[:40]:
         store.take(*weighted(worker, part))
     assert store.saver is not None
-    assert store.saver.wait_saved(store._version, 20)
+    assert store.saver.wait_saved(store._version, 60)
     again = saved_store(savefile)
     assert again.restore()
     for part in parts[40:]:
@@ -161,7 +161,7 @@ def test_weights_survive_a_restart(savefile: str) -> None:
     worker.store = again
     worker.send({}, closes=True)
     worker.leave()
-    assert again.wait_finished(20)
+    assert again.wait_finished(60)
     (row,) = read_covariances(savefile).to_pylist()
     assert row["samples"] == samples(parts)
     assert covariance_error(unpack_triangle(row["covariance"], 5), reference(parts)) < EXACT
@@ -241,7 +241,7 @@ def test_a_delta_that_was_not_delivered_has_its_weights(savefile: str, tmp_path:
         box.add(*weighted(worker, part, closes=index == 3), first=False, memory=10**9, limit=10**9)
     box.write_all(str(tmp_path / "left"))
     store.finish("closed")
-    assert store.wait_finished(20)
+    assert store.wait_finished(60)
     assert all(outcome.merged for outcome in recover(savefile, [tmp_path / "left"]))
     (row,) = read_covariances(savefile).to_pylist()
     assert row["samples"] == samples(parts)

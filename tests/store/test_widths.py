@@ -71,7 +71,7 @@ def test_the_first_delta_tells_and_all_ranks_merge() -> None:
     left.send({0: rows(2), 1: rows(3)})
     right.send({1: rows(3, 1)}, closes=True)
     left.send({1: rows(3, 2)}, closes=True)
-    assert store.flush(10)
+    assert store.flush(60)
     everything = np.concatenate([rows(3), rows(3, 1), rows(3, 2)])
     assert covariance_error(store.covariance("told", "train"), two_pass_covariance(everything)) < 1e-12
     assert store.covariance("known", "train").shape == (2, 2)
@@ -99,7 +99,7 @@ def test_other_widths_are_refused_and_change_nothing(given: dict[int, F64], widt
     assert store.status()["refused"] == 1
     second.send({1: rows(3, 1)}, closes=True)
     first.send({}, closes=True)
-    assert store.flush(10)
+    assert store.flush(60)
     expected = two_pass_covariance(np.concatenate([rows(3), rows(3, 1)]))
     assert covariance_error(store.covariance("told", "train"), expected) < 1e-12
 
@@ -111,7 +111,7 @@ def test_another_width_costs_its_layer_and_nothing_else() -> None:
     second.send({0: rows(2, 1), 1: rows(4, 1)}, closes=True)
     assert second.last.refused == ((1, 3),)
     assert store.status()["refused"] == 1
-    assert store.flush(10)
+    assert store.flush(60)
     both = np.concatenate([rows(2), rows(2, 1)])
     assert covariance_error(store.covariance("known", "train"), two_pass_covariance(both)) < 1e-12
     assert covariance_error(store.covariance("told", "train"), two_pass_covariance(rows(3))) < 1e-12
@@ -129,7 +129,7 @@ def test_a_tracker_whose_layer_has_another_width_goes_on(savefile: str, caplog: 
         model(torch.randn(10, 1, size, size))
         tracker.stop()
         tracker.add_saturations(step=0)
-        assert tracker._shipper.flush(10)
+        assert tracker._shipper.flush(60)
     for tracker in trackers:
         tracker.close()
     rows_by_layer = {row["layer"]: row for row in read_spectra(savefile).to_pylist()}
@@ -150,7 +150,7 @@ def test_another_attempt_may_tell_another_width() -> None:
     again = Worker(store, 0, "b")
     again.send({1: rows(5)}, closes=True)
     Worker(store, 1, "b").send({}, closes=True)
-    assert store.flush(10)
+    assert store.flush(60)
     assert store.covariance("told", "train").shape == (5, 5)
 
 

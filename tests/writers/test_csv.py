@@ -8,7 +8,7 @@ from delve_ray.schema import SCALAR_STATS, SPECTRA_SCHEMA
 from delve_ray.storage import Storage
 from delve_ray.writers import WriterRun
 from delve_ray.writers.csv import SPECTRA, CsvWriter
-from tests.windows import HOSTILE_NAMES, START, layer_row, scalar, window
+from tests.windows import HOSTILE_NAMES, START, layer_row, scalar, sketched_row, window
 
 
 def opened(path):
@@ -40,6 +40,35 @@ def test_a_row_has_what_the_parquet_row_has(tmp_path, writer):
     assert [first[name] for name in shown] == ["run", "t", "1", "train", "3", "2", "fc", "3", "100", "4"]
     assert first["wall_time"] == START.isoformat()
     assert (second["layer"], second["alpha"], float(second["saturation"])) == ("conv", "", 2 / 3)
+
+
+def test_a_sketched_row_has_its_interval(tmp_path, writer):
+    writer.write(window([sketched_row("seen", 0.0625), sketched_row("unseen", 9.0), layer_row("whole")]))
+    columns = ("sketched", "saturation", "saturation_low", "saturation_high", "unseen_variance", "trace")
+    assert [tuple(row[name] for name in columns) for row in read(tmp_path)] == [
+        ("True", "0.075", "0.075", "0.075", "0.0625", "9.0625"),
+        ("True", "", "0.075", "0.925", "9.0", "18.0"),
+        ("False", str(2 / 3), "", "", "", "6.5"),
+    ]
+
+
+def test_a_file_that_was_begun_with_other_columns_keeps_them(tmp_path, writer):
+    writer.write(window([layer_row("first")]))
+    path = tmp_path / "csv" / "spectra.csv"
+    heads, values = path.read_text().splitlines()
+    kept = [index for index, name in enumerate(heads.split(",")) if name not in ("sketched", "saturation_low")]
+    cut = [",".join(line.split(",")[index] for index in kept) for line in (heads, values)]
+    path.write_text("".join(f"{line},{more}\n" for line, more in zip(cut, ("of_old", "1"), strict=True)))
+    again = opened(tmp_path)
+    for step in (1, 2):
+        again.write(window([sketched_row("unseen", 9.0)], step=step))
+    rows = read(tmp_path)
+    assert [(row["layer"], row["saturation_high"], row["of_old"]) for row in rows] == [
+        ("first", "", "1"),
+        ("unseen", "0.925", ""),
+        ("unseen", "0.925", ""),
+    ]
+    assert rows[-1]["wall_time"] == START.isoformat()
 
 
 def test_live_windows_are_left_out(tmp_path, writer):

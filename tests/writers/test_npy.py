@@ -18,7 +18,7 @@ from delve_ray.schema import SCALAR_STATS
 from delve_ray.storage import Storage
 from delve_ray.writers import WriterRun, make_writers
 from delve_ray.writers.npy import NpyWriter
-from tests.windows import COVARIANCE, HOSTILE_NAMES, START, layer_row, scalar, window
+from tests.windows import COVARIANCE, HEAD, HOSTILE_NAMES, START, layer_row, scalar, sketched_row, window
 
 MATRIX = np.array([[1.0, 0.5, 0.25], [0.5, 2.0, -0.5], [0.25, -0.5, 3.0]])
 """What `COVARIANCE` is the packed upper triangle of."""
@@ -83,6 +83,19 @@ def test_an_archive_has_each_layers_spectrum(tmp_path, writer):
     assert "covariance/conv" not in archive
     assert "embedding/fc" not in archive
     assert "thresholds" not in archive
+
+
+def test_an_archive_says_which_layers_are_sketched_and_how_well(tmp_path, writer):
+    writer.write(window([layer_row("whole"), sketched_row("seen", 0.0625), sketched_row("unseen", 9.0)]))
+    archive = load(tmp_path)
+    assert archive["sketched"].tolist() == [False, True, True]
+    np.testing.assert_array_equal(archive["saturation"], [2 / 3, 3 / 40, math.nan])
+    np.testing.assert_array_equal(archive["saturation_low"], [math.nan, 3 / 40, 3 / 40])
+    np.testing.assert_array_equal(archive["saturation_high"], [math.nan, 3 / 40, 37 / 40])
+    np.testing.assert_array_equal(archive["unseen_variance"], [math.nan, 0.0625, 9.0])
+    np.testing.assert_array_equal(archive["eigenvalues/unseen"], HEAD)
+    writer.write(window([layer_row("whole")], step=1))
+    assert "sketched" not in load(tmp_path, 1)
 
 
 def test_an_archive_has_each_layers_embedding(tmp_path, writer):

@@ -23,7 +23,7 @@ from delve_ray.writers.tensorboard import (
     spectrum_histogram,
     window_figures,
 )
-from tests.windows import HOSTILE_NAMES, START, later, layer_row, scalar, window
+from tests.windows import HOSTILE_NAMES, START, later, layer_row, scalar, sketched_row, window
 
 
 @pytest.fixture
@@ -41,6 +41,23 @@ def events(tmp_path):
 
 def points(accumulator, tag):
     return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def test_a_sketched_layer_has_curves_of_its_interval(tmp_path, writer):
+    writer.write(window([sketched_row("unseen", 9.0), layer_row("whole", stats={"saturation": 0.5})], step=3))
+    found = events(tmp_path)
+    tags = {tag: points(found, tag)[0][1] for tag in found.Tags()["scalars"] if tag.startswith("saturation")}
+    assert tags == pytest.approx(
+        {
+            "saturation/train/whole": 0.5,
+            "saturation/train/mean": 0.5,
+            "saturation_low/train/unseen": 3 / 40,
+            "saturation_high/train/unseen": 37 / 40,
+            "saturation_low/train/mean": (3 / 40 + 0.5) / 2,
+            "saturation_high/train/mean": (37 / 40 + 0.5) / 2,
+        }
+    )
+    assert "eigenspectrum/train/unseen" in found.Tags()["histograms"]
 
 
 def test_every_metric_under_its_key_with_step_and_time(tmp_path, writer):

@@ -143,7 +143,7 @@ def _missing_directions(run: Run) -> list[Ranked]:
         # A non-linearity rarely takes directions away: a layer has those of the one before, as far as there is room.
         possible = min(layer.features, *(other.rank for other in before))
         lacking = possible - layer.rank
-        unsure = layer.sketched or any(other.samples < ENOUGH * possible for other in (layer, *before))
+        unsure = any(other.sketched or other.samples < ENOUGH * possible for other in (layer, *before))
         if unsure or layer.constant or lacking < max(DEAD_SHARE * possible, 2):
             continue
         evidence = (

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from delve_ray.analysis.diagnosis.broken import broken_findings
 from delve_ray.analysis.diagnosis.finding import CONSEQUENCE, Finding, Ranked
-from delve_ray.analysis.diagnosis.sampling import gap_findings, scarce_findings
+from delve_ray.analysis.diagnosis.sampling import gap_findings, scarce_findings, sketch_findings
 from delve_ray.analysis.diagnosis.shape import shape_findings
 from delve_ray.analysis.diagnosis.windows import COLUMNS, read_run
 from delve_ray.analysis.windows import distinct, require_columns
@@ -51,7 +51,7 @@ def _diagnose_run(spectra: pa.Table, described: Mapping[str, Any]) -> list[Findi
     run = read_run(spectra, described)
     if not run.windows:
         return []
-    ranked = broken_findings(run) + scarce_findings(run)
+    ranked = broken_findings(run) + scarce_findings(run) + sketch_findings(run)
     if not any(one.breaks for one in ranked):  # the widths of a broken training say nothing about the network
         ranked += gap_findings(run) + shape_findings(run)
     ranked = [one for one in ranked if not any(_says(other.finding, one) for other in ranked)]

@@ -8,10 +8,13 @@ from typing import Any
 
 from delve_ray.analysis.table import printable
 
-KINDS = ("tail", "bottleneck", "over-wide", "dead", "collapse", "gap", "too-few-observations")
+KINDS = ("tail", "bottleneck", "over-wide", "dead", "collapse", "gap", "too-few-observations", "too-few-columns")
 """Every kind of finding."""
 
-CONSEQUENCE = ("dead", "collapse", "gap", "bottleneck", "tail", "over-wide", "too-few-observations")
+CONSEQUENCE = (
+    *("dead", "collapse", "gap", "bottleneck", "tail", "over-wide"),
+    *("too-few-observations", "too-few-columns"),
+)
 """The kinds, most consequential first: a broken training, a broken evaluation, lost accuracy, lost parameters."""
 
 SATURATION = "Shenk et al., Feature Space Saturation during Training, arXiv 2006.08679"

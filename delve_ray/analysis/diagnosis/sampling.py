@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from delve_ray.analysis.diagnosis.finding import OWN, ROY_VETTERLI, Finding, Ranked, named, number
+from delve_ray.analysis.diagnosis.finding import OWN, ROY_VETTERLI, Finding, Ranked, named, number, percent
 from delve_ray.analysis.diagnosis.windows import FEW, Layer, Run
 from delve_ray.analysis.table import printable
 from delve_ray.spectrum import participation_ratio
@@ -20,6 +20,7 @@ GAP_ALONE = 10.0
 GAP_OBSERVATIONS = 10
 """Observations for each unit of the effective rank, in both phases, for it to be compared."""
 
+_NYSTROM = "Tropp et al., Fixed-rank approximation of a positive-semidefinite matrix from streaming data, NeurIPS 2017"
 _MARCHENKO_PASTUR = "Marchenko & Pastur 1967, by the law of delve_ray.spectrum.marchenko_pastur_median"
 
 
@@ -30,13 +31,15 @@ def scarce_findings(run: Run) -> list[Ranked]:
     if not layers:
         return []
     worst = min(layers, key=lambda layer: layer.samples / layer.features)
+    least = worst.k if worst.reached else worst.k_low
     evidence = (
         f"{len(layers)} of {len(window.layers)} layers have too few observations "
         f"({named([one.name for one in layers])}): {worst.shown} has {worst.samples:,} for {worst.features:,} "
-        f"features, {number(worst.samples / worst.features)} each, and k(δ) = {worst.k}. Nothing more is said of them."
+        f"features, {number(worst.samples / worst.features)} each, and k(δ) = {worst.dimensions}. Nothing more is said "
+        f"of them."
     )
     advice = (
-        f"See more in a window: at least {max(worst.features, FEW * worst.k + 1):,} observations of {worst.shown}, "
+        f"See more in a window: at least {max(worst.features, FEW * least + 1):,} observations of {worst.shown}, "
         f"better ten for each feature; close windows less often, raise max_samples, or evaluate on more data."
     )
     rule = (
@@ -47,6 +50,36 @@ def scarce_findings(run: Run) -> list[Ranked]:
     finding = Finding(
         "too-few-observations", names, evidence, advice, rule, _MARCHENKO_PASTUR, run.name, window.phase, window.step
     )
+    return [Ranked(finding, len(layers) / len(window.layers))]
+
+
+def sketch_findings(run: Run) -> list[Ranked]:
+    """One finding over all sketched layers whose heads do not tell k(δ), in the window that the shape is judged by."""
+    window = run.judged
+    layers = [layer for layer in window.layers if not layer.reached and not layer.scarce]
+    if not layers:
+        return []
+    shares = {layer.name: float(layer.eigenvalues.sum()) / layer.trace for layer in layers}
+    worst = min(layers, key=lambda layer: shares[layer.name])
+    seen = shares[worst.name]
+    evidence = (
+        f"{len(layers)} of {len(window.layers)} layers are sketched with too few columns "
+        f"({named([one.name for one in layers])}): of {worst.shown} the sketch has seen {percent(seen)} of the "
+        f"variance, less than the {percent(worst.threshold)} of the threshold, and k(δ) = {worst.dimensions} of "
+        f"{worst.features:,}. Nothing more is said of what they use of their widths."
+    )
+    advice = (
+        f"Raise sketch_size: the head of {worst.shown} has {worst.eigenvalues.size:,} eigenvalues. Where there is the "
+        f"memory, max_features={worst.features} records it whole."
+    )
+    if seen >= 0.01:
+        advice += f" Or take a threshold that its head reaches, up to {math.floor(100 * seen) / 100:g}."
+    rule = (
+        "too-few-columns: a sketched layer whose head has less than the share δ of the trace, Σλ̂ < δ·T, with enough "
+        "observations; k(δ) as the bounds λ̂ ≤ λ ≤ λ̂ + (T - Σλ̂) leave it"
+    )
+    names = tuple(layer.name for layer in layers)
+    finding = Finding("too-few-columns", names, evidence, advice, rule, _NYSTROM, run.name, window.phase, window.step)
     return [Ranked(finding, len(layers) / len(window.layers))]
 
 

@@ -92,7 +92,7 @@ def _tail(layers: Sequence[Layer], necks: Sequence[int]) -> range:
     tell apart: it makes them so few, and stays. What a bottleneck leaves is not a tail.
     """
     end = reached = len(layers) - 1
-    while reached > 0 and not layers[reached - 1].scarce and layers[reached - 1].k <= max(layers[-1].features, 2):
+    while reached > 0 and not layers[reached - 1].untold and layers[reached - 1].k <= max(layers[-1].features, 2):
         reached -= 1
     for first in range(reached + 1, end - MIN_TAIL + 1):
         before = [layer for index, layer in enumerate(layers[:first]) if index not in necks and not layer.scarce]
@@ -106,17 +106,17 @@ def _tail(layers: Sequence[Layer], necks: Sequence[int]) -> range:
 def _highest(layer: Layer, before: Sequence[Layer]) -> float:
     """The highest saturation before a tail, of layers like this one where there are such: blocks repeat themselves."""
     alike = [other for other in before if (other.kind, other.features) == (layer.kind, layer.features)]
-    return max((other.saturation for other in alike or before), default=0.0)
+    return max((other.saturation_low for other in alike or before), default=0.0)
 
 
 def _tail_finding(run: Run, layers: Sequence[Layer], tail: range) -> Ranked:
     inside, before, output = layers[tail.start : tail.stop], layers[: tail.start], layers[-1]
     ks, saturations = [layer.k for layer in inside], [layer.saturation for layer in inside]
-    peak = max(before, key=lambda layer: (not layer.scarce, layer.saturation))
+    peak = max(before, key=lambda layer: (not layer.scarce, layer.saturation_low))
     evidence = (
         f"The last {len(inside)} layers before the output hold {_span(ks)} of their directions "
         f"(saturation {_share_span(saturations)}), no more than the {output.features} features of {output.shown}; "
-        f"{peak.shown} before them has {percent(peak.saturation)}."
+        f"{peak.shown} before them has {_at_least(peak)}{percent(peak.saturation_low)}."
     )
     advice = (
         f"Train without them ({named([layer.name for layer in inside])}), so that {before[-1].shown} comes before "
@@ -130,6 +130,11 @@ def _tail_finding(run: Run, layers: Sequence[Layer], tail: range) -> Ranked:
     )
     source = f"{SATURATION}; {SIZE_MATTERS}; {GO_DEEPER}; {OWN}"
     return Ranked(_finding(run, "tail", inside, evidence, advice, rule, source), len(inside))
+
+
+def _at_least(layer: Layer) -> str:
+    """What stands before the lower end of an interval."""
+    return "at least " if layer.k_low < layer.k else ""
 
 
 def _span(values: Sequence[int]) -> str:
@@ -148,24 +153,24 @@ def _share_span(values: Sequence[float]) -> str:
 def _is_neck(layers: Sequence[Layer], index: int) -> bool:
     """Whether the hidden layer at a place is full, evenly, and narrower than what comes to it."""
     layer = layers[index]
-    if layer.scarce or layer.kind.startswith(_NOT_TO_NARROW):
+    if layer.untold or layer.kind.startswith(_NOT_TO_NARROW):
         return False
     flat = layer.effective_rank >= NECK_FLATNESS * layer.features
     if layer.saturation < NECK_SATURATION or not flat:
         return False
     if index:
-        return not layers[index - 1].scarce and layers[index - 1].k >= NECK_LACK * layer.features
+        return not layers[index - 1].scarce and layers[index - 1].k_low >= NECK_LACK * layer.features
     return layers[1].features >= NECK_FIRST * layer.features and len(layers) > 2
 
 
 def _neck_finding(run: Run, layers: Sequence[Layer], index: int) -> Ranked:
     layer, before = layers[index], layers[index - 1] if index else None
-    carried = f"; {before.shown} before it carries {before.k}" if before else ""
+    carried = f"; {before.shown} before it carries {_at_least(before)}{before.k_low}" if before else ""
     evidence = (
         f"{layer.shown} uses {layer.k} of its {layer.features} features (saturation {percent(layer.saturation)}), "
         f"about evenly (effective rank {number(layer.effective_rank)}){carried}."
     )
-    width = min(max(2 * layer.features, before.k), before.features) if before else NECK_FIRST * layer.features
+    width = min(max(2 * layer.features, before.k_low), before.features) if before else NECK_FIRST * layer.features
     advice = (
         f"Widen {layer.shown}, say to {width} features, and compare the accuracy; leave it where a narrow code is the "
         f"purpose, as in an autoencoder or a gate."
@@ -175,7 +180,7 @@ def _neck_finding(run: Run, layers: Sequence[Layer], index: int) -> Ranked:
         f"its features, and k(δ) of the layer before ≥ {NECK_LACK} times its features (of the first layer: the next "
         f"one ≥ {NECK_FIRST} times as wide)"
     )
-    weight = (before.k if before else layers[1].features) / layer.features
+    weight = (before.k_low if before else layers[1].features) / layer.features
     return Ranked(
         _finding(run, "bottleneck", [layer], evidence, advice, rule, f"{SATURATION}; {ROY_VETTERLI}; {OWN}"), weight
     )

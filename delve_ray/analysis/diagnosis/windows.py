@@ -19,7 +19,7 @@ from delve_ray.spectrum import effective_rank, intrinsic_dimensionality, roundin
 COLUMNS = (
     *("run", "phase", "step", "layer", "layer_type", "features", "samples", "nonfinite_rows", "workers", "world_size"),
     *("final", "threshold", "intrinsic_dimensionality", "trace", "effective_rank", "eigenvalues", "sketched"),
-    "mean_norm",
+    *("mean_norm", "saturation_low", "saturation_high", "unseen_variance"),
 )
 """What the rules read."""
 
@@ -58,8 +58,9 @@ Row: TypeAlias = Mapping[str, Any]
 class Layer:
     """One layer in the window that is judged; `eigenvalues` float64 (d,), descending, `k` the row's k(δ).
 
-    Of a sketched layer they are the head of the spectrum, `k` is the upper end of its interval, and the effective rank
-    is NaN, which no rule finds anything in.
+    Of a sketched layer they are the head of the spectrum, `k_low` and `k` are the ends of its interval, and the
+    effective rank is NaN, which no rule finds anything in. Where the head does not explain the share δ, it is not
+    `reached`: the ends may be far apart. Of other layers `k_low` is `k`.
     """
 
     name: str
@@ -68,7 +69,9 @@ class Layer:
     samples: int
     nonfinite_rows: int
     threshold: float
+    k_low: int
     k: int
+    reached: bool
     trace: float
     effective_rank: float
     eigenvalues: F64
@@ -91,9 +94,24 @@ class Layer:
         return self.k / max(self.features, 1)
 
     @property
+    def saturation_low(self) -> float:
+        """The least that k(δ)/d can be."""
+        return self.k_low / max(self.features, 1)
+
+    @property
+    def dimensions(self) -> str:
+        """k(δ) as a sentence can have it."""
+        return f"{self.k:,}" if self.reached else f"{self.k_low:,} to {self.k:,}"
+
+    @property
     def scarce(self) -> bool:
         """Whether there are too few observations to say anything: n < d or n - 1 < `FEW`·k(δ)."""
-        return self.samples < self.features or self.samples - 1 < FEW * self.k
+        return self.samples < self.features or self.samples - 1 < FEW * (self.k if self.reached else self.k_low)
+
+    @property
+    def untold(self) -> bool:
+        """Whether the spectrum does not tell how much of the width is used."""
+        return self.scarce or not self.reached
 
     def at(self, threshold: float) -> int:
         """Return k at another threshold δ."""
@@ -109,8 +127,7 @@ class Layer:
 class Window:
     """The last complete window of one phase.
 
-    `layers` are in network order, those without a finite spectrum left out, and sketched ones whose head does not tell
-    k(δ); `overflowed` names the layers that had
+    `layers` are in network order, those without a finite spectrum left out; `overflowed` names the layers that had
     observations and a spectrum, or a trace, that is not finite; `nonfinite` has (non-finite rows, samples) of the
     layers that had such rows.
     """
@@ -152,15 +169,15 @@ class Run:
     def judged(self) -> Window:
         """The window that the network's shape is judged by.
 
-        The one with fewer layers of too few observations; of two alike the later, then that of eval, which sees the
-        weights of one moment and no dropout.
+        The one with fewer layers that it does not tell the use of; of two alike the later, then that of eval, which
+        sees the weights of one moment and no dropout.
         """
         order = {"eval": 0, "train": 1}
         return min(
             self.windows.values(),
             key=lambda window: (
                 not window.layers,
-                sum(layer.scarce for layer in window.layers),
+                sum(layer.untold for layer in window.layers),
                 -window.step,
                 order[window.phase],
             ),
@@ -215,10 +232,10 @@ def _window(rows: Sequence[Row], phase: str, step: int) -> Window:
         if not (row["samples"] and row["features"]):
             continue
         eigenvalues = np.asarray(row["eigenvalues"] or (), np.float64)  # a null in it becomes NaN
-        trace = float(eigenvalues.sum()) if row["trace"] is None else row["trace"]
+        trace = _trace(row, eigenvalues)
         if not (np.isfinite(eigenvalues).all() and math.isfinite(trace)):
             overflowed.append(row["layer"])
-        elif eigenvalues.size and not (row["sketched"] and row["intrinsic_dimensionality"] is None):
+        elif eigenvalues.size or row["sketched"]:
             layers.append(_layer(row, eigenvalues, trace))
     nonfinite = {row["layer"]: (row["nonfinite_rows"], row["samples"] or 0) for row in rows if row["nonfinite_rows"]}
     return Window(phase, step, tuple(layers), tuple(overflowed), nonfinite)
@@ -226,7 +243,8 @@ def _window(rows: Sequence[Row], phase: str, step: int) -> Window:
 
 def _layer(row: Row, eigenvalues: F64, trace: float) -> Layer:
     """One row, with what it lacks computed from its eigenvalues."""
-    threshold, k, rank = row["threshold"] or 0.99, row["intrinsic_dimensionality"], row["effective_rank"]
+    threshold, rank = row["threshold"] or 0.99, row["effective_rank"]
+    low, k = _dimensions(row, eigenvalues, threshold)
     return Layer(
         row["layer"],
         row["layer_type"] or "",
@@ -234,13 +252,32 @@ def _layer(row: Row, eigenvalues: F64, trace: float) -> Layer:
         row["samples"],
         row["nonfinite_rows"] or 0,
         threshold,
-        intrinsic_dimensionality(eigenvalues, threshold) if k is None else k,
+        low,
+        k,
+        not row["sketched"] or row["intrinsic_dimensionality"] is not None,
         trace,
         _effective_rank(row, eigenvalues) if rank is None or not math.isfinite(rank) else rank,
         eigenvalues,
         bool(row["sketched"]),
         row["mean_norm"] if row["mean_norm"] is not None and math.isfinite(row["mean_norm"]) else 0.0,
     )
+
+
+def _dimensions(row: Row, eigenvalues: F64, threshold: float) -> tuple[int, int]:
+    """The least and the most that k(δ) can be."""
+    k, low, high = row["intrinsic_dimensionality"], row["saturation_low"], row["saturation_high"]
+    if not row["sketched"]:
+        k = intrinsic_dimensionality(eigenvalues, threshold) if k is None else k
+        return k, k
+    most = k if k is not None else row["features"] if high is None else round(high * row["features"])
+    return (min(1, most) if low is None else round(low * row["features"])), most
+
+
+def _trace(row: Row, eigenvalues: F64) -> float:
+    """The trace; of a sketched layer, the head and what it lacks."""
+    if row["trace"] is not None:
+        return float(row["trace"])
+    return float(eigenvalues.sum()) + (row["unseen_variance"] or 0.0)
 
 
 def _effective_rank(row: Row, eigenvalues: F64) -> float:
@@ -253,16 +290,16 @@ def _histories(spectra: pa.Table, narrow: pa.Table, wanted: pc.Expression) -> tu
 
     The effective ranks of a sketched layer are NaN.
     """
-    columns = ["layer", "step", "samples", "features", "trace", "effective_rank", "sketched"]
+    columns = ["layer", "step", "samples", "features", "trace", "effective_rank", "sketched", "unseen_variance"]
     table = narrow.select([*columns, "phase"])
     if table.column("trace").null_count or table.column("effective_rank").null_count:
         table = spectra.select([*columns, "phase", "eigenvalues"])
     found: dict[str, list[tuple[int, float, float, bool]]] = {}
     for row in table.filter(wanted).to_pylist():
         trace, rank = row["trace"], row["effective_rank"]
-        if (trace is None or rank is None) and row["eigenvalues"]:
-            eigenvalues = np.asarray(row["eigenvalues"], np.float64)
-            trace = float(eigenvalues.sum()) if trace is None else trace
+        if (trace is None or rank is None) and (row["eigenvalues"] or row["sketched"]):
+            eigenvalues = np.asarray(row["eigenvalues"] or (), np.float64)
+            trace = _trace(row, eigenvalues)
             rank = _effective_rank(row, eigenvalues) if rank is None and np.isfinite(eigenvalues).all() else rank
         unbroken = rank is not None and (math.isfinite(rank) or row["sketched"])
         if row["samples"] and trace is not None and unbroken and math.isfinite(trace):

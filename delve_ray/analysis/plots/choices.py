@@ -79,10 +79,9 @@ def select_stat(spectra: pa.Table, stat: str) -> pa.Table:
             for name in STATS
             if name in spectra.column_names and spectra.column(name).null_count < spectra.num_rows
         ]
-        raise ReadError(
-            f"no row has a value of stat={stat!r}: name it in stats= when recording. "
-            f"There are: {', '.join(filled) or 'none'}"
-        )
+        sketched = "sketched" in spectra.column_names and pc.any(spectra.column("sketched")).as_py()
+        why = "the layers are sketched, which do not tell it" if sketched else "name it in stats= when recording"
+        raise ReadError(f"no row has a value of stat={stat!r}: {why}. There are: {', '.join(filled) or 'none'}")
     return selected
 
 

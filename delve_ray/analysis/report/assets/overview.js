@@ -8,6 +8,7 @@ const KINDS = {
   collapse: "Collapse: the spectrum breaks down while training",
   gap: "Gap: train and eval differ",
   "too-few-observations": "Too few observations to tell",
+  "too-few-columns": "Too few columns in a sketch to tell",
 };
 const NAMED_LAYERS = 8;
 const OPEN_RUNS = 3;
