@@ -53,10 +53,11 @@ def wait_published(store: Store, run: str, windows: int, deadline: float, timeou
         if time.monotonic() >= deadline:
             if progress is None:
                 raise StoreError(f"run {run!r} did not answer within {timeout:g} s{problem}")
-            raise StoreError(
-                f"window {progress.published} of run {run!r} is not published after {timeout:g} s: "
-                f"ranks {ranks_text(progress.missing)} have not closed it; every rank calls add_saturations() as often"
-            )
+            why = "; ".join(progress.problems) or "its store has all of it and is at work"
+            if progress.missing:
+                who = ranks_text(progress.missing)
+                why = f"ranks {who} have not closed it; every rank calls add_saturations() as often"
+            raise StoreError(f"window {progress.published} of run {run!r} is not published after {timeout:g} s: {why}")
         time.sleep(pause)
         pause = min(2 * pause, 0.25)
 

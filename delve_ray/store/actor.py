@@ -38,6 +38,7 @@ from delve_ray.store.remote import find as find
 from delve_ray.store.remote_spectra import MOST_TASKS, RemoteSpectra
 from delve_ray.store.room import check_room
 from delve_ray.store.saving import Saver
+from delve_ray.store.writing_items import may_pass
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,8 @@ class StoreActor:
                 break
             except Exception as error:  # an actor whose constructor fails is gone for good
                 self._problem = f"the store cannot be restored: {error}"
-                log.exception("run %s: %s; trying again", self._core.config.run, self._problem)
+                where = None if may_pass(error) else error  # storage that is away needs no traceback
+                log.error("run %s: %s; trying again in %g s", self._run, self._problem, pause, exc_info=where)
                 time.sleep(pause)
                 pause = min(2 * pause, 30.0)
         self._core.config = replace(self._core.config, resume=True)

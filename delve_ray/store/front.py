@@ -51,8 +51,8 @@ class FrontStore(CovarianceStore):
         super()._open(config, layers, *args, **options)
         if (idle := config.num_shards - len(layers)) > 0:
             log.warning(
-                "run %s: num_shards=%d for %d layers: %d shards have nothing to do",
-                *(config.run, config.num_shards, len(layers), idle),
+                "run %s: num_shards=%d leaves %d idle, as there are %d layers; num_shards=%d does the same",
+                *(config.run, config.num_shards, idle, len(layers), len(layers)),
             )
 
     def assigned(self) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -70,3 +71,32 @@ def test_gpus_for_spectra_are_lent_by_who_starts_the_store(monkeypatch: pytest.M
     stores.Worker(store, 0, stores.config(savefile=savefile))
     assert store.settings().spectra_gpus == 2, "its workers need not know"
     store.finish("test")
+
+
+@pytest.mark.parametrize(("error", "traced"), [(OSError("no route to the bucket"), False), (KeyError("config"), True)])
+def test_a_store_whose_storage_is_away_is_restored_when_it_is_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception, traced: bool
+) -> None:
+    """It says so in words; a traceback has what nobody foresaw."""
+    tries = [error, error]
+
+    def restore() -> bool:
+        if tries:
+            raise tries.pop()
+        return True
+
+    monkeypatch.setattr("delve_ray.store.actor.time.sleep", lambda seconds: None)
+    store = object.__new__(actor.StoreActor)
+    store._run, store._ready = "r", threading.Event()
+    store._core = SimpleNamespace(restore=restore, config=stores.config())  # type: ignore[assignment]
+    store._restore()
+    assert store._ready.is_set()
+    assert store._core.config.resume
+    said = [record for record in caplog.records if "run r: the store cannot be restored: " in record.message]
+    assert [bool(record.exc_info) for record in said] == [traced] * 2
+
+
+@pytest.mark.parametrize(("alive", "shards"), [(0, 1), (1, 1), (5, 5), (20, 8)])
+def test_auto_is_a_shard_for_each_node_that_is_alive(monkeypatch: pytest.MonkeyPatch, alive: int, shards: int) -> None:
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * alive + [{"Alive": False}] * 3)
+    assert actor._auto_shards() == shards
