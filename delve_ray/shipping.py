@@ -19,7 +19,7 @@ from delve_ray.moments import F64
 from delve_ray.outbox import Outbox
 from delve_ray.packing import Packer, Pending
 from delve_ray.recorder import Recorder
-from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, StoreConfig, Welcome
+from delve_ray.store.protocol import Ack, Delta, Held, Progress, Source, Store, StoreConfig, Welcome
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
@@ -31,8 +31,12 @@ HEARTBEATS_PER_S = 400
 core, however many ranks there are."""
 RETRY_S = (0.1, 5.0)
 """First and longest pause before a delta is offered again to a store that did not answer."""
+PROGRESS_S = 60.0
+"""How long the store may take to say how far it is."""
 PACK_S = 10.0
 """How long the end waits for what is still to be packed."""
+BUSY_S = 0.1
+"""How long live rows wait for a hook before the packer looks for something else to do."""
 TELL_S = 60.0
 """A store that does not answer is mentioned this often."""
 
@@ -94,16 +98,24 @@ class Shipper:
         self._packing = False
         self._stopping = False
         self._fetched = -1
+        self._asked = self._answered = 0
         self._told = float("-inf")
         self._awake = False
         # Guards the queue and the window's ordinal; taken by the training thread for a swap of references.
         self._state = threading.Condition()
         self._threads = [
-            threading.Thread(target=self._pack_all, name="delve_ray-packer", daemon=True),
-            threading.Thread(target=self._send_all, name="delve_ray-sender", daemon=True),
+            threading.Thread(target=self._run, args=(self._pack_all,), name="delve_ray-packer", daemon=True),
+            threading.Thread(target=self._run, args=(self._send_all,), name="delve_ray-sender", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # nothing that is foreseen; but nobody shall wait for this thread
+            log.exception("rank %d: %s ends", self.source.rank, threading.current_thread().name)
+            self._lose(f"{type(error).__name__}: {error}")
 
     # --- called by the training --------------------------------------------------------------------------------
 
@@ -119,32 +131,49 @@ class Shipper:
             spare = self.recorder.spare_bytes - max(0, self.outbox.memory_bytes - self.recorder.outbox_bytes)
             if self._queue and sum(other.nbytes for other in (*self._queue, item)) > spare:
                 item.harvest, item.complete = {}, False
-                log.error(
-                    "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
-                    "would exceed max_memory=%d; close fewer windows, or raise it",
-                    self.source.rank,
-                    label,
-                    self.recorder.options.max_memory,
-                )
             self._queue.append(item)
             self.windows = item.window + 1
             self._next_step = label + 1
             self._state.notify_all()
+        if not item.complete:  # said without a lock: what a handler of the user's does is not known
+            log.error(
+                "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
+                "would exceed max_memory=%d; close fewer windows, or raise it",
+                self.source.rank,
+                label,
+                self.recorder.options.max_memory,
+            )
 
     def number_from(self, step: int) -> None:
         """The label of the next window that is given none."""
         with self._state:
             self._next_step = step
 
-    def queue_live(self) -> None:
-        """Hand over what was recorded so far without closing the window. Returns at once."""
-        with self.recorder.lock, self._state:
-            # The end may have come while a hook had the lock.
-            harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
-            scalars = self._take_scalars()
-            if harvest or scalars:
-                self._queue.append(Pending(self._open_window(), self._next_step, False, False, harvest, scalars))
-            self._state.notify_all()
+    def queue_live(self, timeout: float = -1.0) -> bool:
+        """Hand over what was recorded so far without closing the window. Returns at once.
+
+        With a `timeout` in seconds, False where a hook has the accumulators for longer.
+        """
+        if not self.recorder.lock.acquire(timeout=timeout):
+            return False
+        try:
+            with self._state:
+                # The end may have come while a hook had the lock.
+                harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
+                scalars = self._take_scalars()
+                if harvest or scalars:
+                    self._queue.append(Pending(self._open_window(), self._next_step, False, False, harvest, scalars))
+                self._state.notify_all()
+        finally:
+            self.recorder.lock.release()
+        return True
+
+    def resume(self) -> None:
+        """Record again. Raises StoreError where nothing more can be delivered."""
+        with self._state:
+            if self.lost is not None:
+                raise StoreError(f"nothing more can be delivered, so nothing is recorded: {self.lost}")
+            self.recorder.recording = True
 
     def add_scalar(self, scalar: Scalar) -> None:
         """Queue a user scalar. Returns at once."""
@@ -184,6 +213,17 @@ class Shipper:
                 self.undelivered(),
             )
 
+    def progress(self, timeout: float = PROGRESS_S) -> Progress:
+        """Ask the store how far it is, and keep the metrics, unless what was asked later has been answered already."""
+        with self._state:
+            self._asked += 1
+            number = self._asked
+        progress = self.store.progress(timeout)
+        with self._state:
+            if number > self._answered:
+                self._answered, self.metrics = number, dict(progress.metrics)
+        return progress
+
     def wake(self) -> None:
         """Ask the store at once what it has."""
         with self._state:
@@ -209,10 +249,16 @@ class Shipper:
             steps |= {item.step for item in queued if item.harvest or item.closes}
         return f"rows of {_spans(steps)}, {scalars} scalars"
 
+    @property
+    def unpacked(self) -> str:
+        """In words, what of it has not got as far as the outbox; empty where nothing."""
+        with self._state:
+            return _spans({item.step for item in self._queue}) if self._queue else ""
+
     # --- the packer's thread -----------------------------------------------------------------------------------
 
     def _idle(self) -> bool:
-        return not (self._queue or self._scalars or self._packing or self.outbox.waiting)
+        return not (self._queue or self._scalars or self._packing or self.outbox.unmerged)
 
     def _pack_all(self) -> None:
         every = self.publish_every or threading.TIMEOUT_MAX / 2
@@ -234,8 +280,10 @@ class Shipper:
             if item is not None:
                 self._pack_next(item)
             elif time.monotonic() >= next_live:
-                if not self.outbox.waiting:  # what was never sent goes on merging
-                    self.queue_live()
+                # What was never sent goes on merging. A hook that a signal has interrupted may hold the accumulators
+                # until this thread has packed what the signal's handler closes.
+                if not self.outbox.unmerged and not self.queue_live(BUSY_S):
+                    continue
                 next_live = time.monotonic() + every
 
     def _pack_next(self, item: Pending) -> None:
@@ -245,10 +293,13 @@ class Shipper:
             with self._state:
                 waiting = sum(other.nbytes for other in self._queue if other is not item)
             limit = memory + max(0, self.recorder.spare_bytes - waiting)
-            self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
-            self.sent += 1
-            self._first = item.closes
-            self._packed_window = item.window + item.closes
+            delta = delta.sealed(buffer)
+            with self._state:  # together: a store that is started anew is told where this worker is
+                self.outbox.put(delta, buffer, first=self._first)
+                self.sent += 1
+                self._first = item.closes
+                self._packed_window = item.window + item.closes
+            self.outbox.make_room(memory=memory, limit=limit)
         except Exception as error:  # the training goes on, whatever happens here
             log.exception("rank %d: rows of step %d are lost", self.source.rank, item.step)
             self._lose(f"{type(error).__name__}: {error}")
@@ -268,7 +319,7 @@ class Shipper:
                 self._state.wait_for(lambda: self._stopping or self.lost is not None, pause)
                 if not pause:
                     self._state.wait_for(
-                        lambda: self._stopping or self._awake or self.outbox.waiting or self.lost is not None,
+                        lambda: self._stopping or self._awake or self.outbox.unmerged or self.lost is not None,
                         max(0.0, next_heartbeat - time.monotonic()),
                     )
                 if self._stopping or self.lost is not None:
@@ -357,11 +408,11 @@ class Shipper:
 
     def _lose(self, why: str) -> None:
         """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
-        self.recorder.recording = False
         with self._state:
             if self.lost is not None:
                 return
             self.lost = why
+            self.recorder.recording = False
             self._state.notify_all()
         log.error(
             "rank %d of run %s cannot deliver its moments and records no more: %s",
@@ -379,7 +430,7 @@ class Shipper:
         """Fetch the metrics when a new window has been published."""
         ack = self.last_ack
         if ack is not None and ack.published != self._fetched:
-            self.metrics = dict(self.store.progress().metrics)
+            self.progress()
             self._fetched = ack.published
 
     def _call(self, question: Callable[[], None]) -> None:
@@ -389,7 +440,7 @@ class Shipper:
         except UnknownSource:
             self._register_again()
         except StoreError as error:
-            if error.final:
+            if error.final and not (self.leaving and self._idle()):  # then it has ended with its run
                 self._lose(f"{type(error).__name__}: {error}")
             log.debug("heartbeat: %s", error)
         except Exception as error:

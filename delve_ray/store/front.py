@@ -213,8 +213,9 @@ class FrontStore(CovarianceStore):
                 return
             parts.written |= {shard: part.revision for shard, part in (job.parts or {}).items()}
             for attempt in self.attempts:
-                if attempt.number == job.attempt:
-                    attempt.windows[job.ordinal].unwritten -= 1
+                window = attempt.windows.get(job.ordinal)  # none where a writer has answered after the end
+                if attempt.number == job.attempt and window is not None:
+                    window.unwritten -= 1
                     self._touch()
                     self._advance(attempt)
 

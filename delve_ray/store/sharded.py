@@ -8,7 +8,7 @@ hears of is in the shards. What the stores answer becomes one answer: a delta is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import accumulate, pairwise
 from typing import Any, TypeVar
@@ -55,11 +55,23 @@ class ShardedStore:
 
     def _each(self, call: Callable[[int, Store], T]) -> list[T]:
         """Call all shards side by side; the first error is raised once all have answered."""
-        running = [self._pool.submit(call, index, shard) for index, shard in enumerate(self.shards)]
+        running = [self._begin(call, index, shard) for index, shard in enumerate(self.shards)]
         errors = [error for future in running if (error := future.exception()) is not None]
         if errors:
             raise errors[0]
         return [future.result() for future in running]
+
+    def _begin(self, call: Callable[[int, Store], T], index: int, shard: Store) -> Future[T]:
+        """Begin one call; when the interpreter ends and starts no more threads, make it here."""
+        try:
+            return self._pool.submit(call, index, shard)
+        except RuntimeError:
+            made: Future[T] = Future()
+            try:
+                made.set_result(call(index, shard))
+            except Exception as error:
+                made.set_exception(error)
+            return made
 
     def settings(self) -> StoreConfig:
         """How the run is published."""

@@ -138,8 +138,11 @@ def goes_on(store: CovarianceStore, workers: list[Worker], gate: Gate) -> None:
 @pytest.fixture
 def workers(savefile: str) -> tuple[CovarianceStore, list[Worker]]:
     own = config(savefile=savefile, world_size=3, late_after=0.01, snapshot_every=3600.0)
-    store = CovarianceStore(own, writers=[Keeper()], saver=Saver(Storage(savefile), 3600.0))
-    return store, [Worker(store, rank) for rank in range(2)]
+    saver = Saver(Storage(savefile), 3600.0)
+    store = CovarianceStore(own, writers=[Keeper()], saver=saver)
+    team = [Worker(store, rank) for rank in range(2)]
+    until(lambda: not saver.status()["pending"], "the registrations are saved in a hurry; a cut waits for merges")
+    return store, team
 
 
 def test_nobody_waits_for_a_decomposition(

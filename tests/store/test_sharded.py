@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -471,3 +473,35 @@ def test_what_was_not_delivered_is_recovered(tmp_path: Path, lost: bool) -> None
         kept = rows if assigned[row["layer"]] == 0 else rows[1:]
         assert row["samples"] == sum(len(part[key]) for part in kept)
         assert row["workers"] < 2
+
+
+AT_THE_END = """
+import atexit, sys
+import numpy as np
+from tests import stores
+from tests.store.test_sharded import LAYERS, Sharded, some_rows, with_widths
+
+def send(step):
+    rows = some_rows(np.random.default_rng(step), share=1.0)
+    parts.store.take(*with_widths(worker, rows, step, closes=True))
+
+def end():  # as a tracker's that nobody closed
+    send(1)
+    worker.leave()
+    print(parts.store.wait_finished(60))
+
+stores.LAYERS = LAYERS
+parts = Sharded(sys.argv[1], 2, world_size=1)
+worker = stores.Worker(parts.store, 0, parts.config)
+send(0)
+atexit.register(end)
+"""
+
+
+def test_shards_take_what_is_left_when_the_interpreter_ends(tmp_path: Path) -> None:
+    """Thread pools are over by then: before anything of atexit runs."""
+    command = [sys.executable, "-c", AT_THE_END, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert found.stdout == "True\n", found.stderr
+    steps = read_spectra(str(tmp_path)).column("step").to_pylist()
+    assert sorted(steps) == [0] * 2 * len(LAYERS) + [1] * 2 * len(LAYERS)
