@@ -283,3 +283,25 @@ def test_snapshots_lie_on_any_filesystem_and_a_damaged_one_is_set_aside_there(sa
     assert found.n == 9
     assert np.allclose(found.mean, sent.mean(0), rtol=1e-12)
     assert remote.exists(f"store/damaged-{newest.rpartition('/')[2]}")
+
+
+def test_what_somebody_waited_for_hurries_nothing_that_comes_later(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a busy run the state has always changed since the last snapshot."""
+    store, _ = begin(savefile)
+    assert store.saver is not None
+    freeze = store.freeze
+
+    def busy() -> Any:
+        frozen = freeze()
+        store._touch()
+        return frozen
+
+    monkeypatch.setattr(store, "freeze", busy)
+    worker = Worker(store, 0)
+    worker.send({(0, 0): rows(4, 3)})
+    save(store)
+    with store.saver._changed:
+        assert store.saver._due_in() > EVERY / 2
+    assert store.saver.status()["pending"]
