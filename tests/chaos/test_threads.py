@@ -6,14 +6,16 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from delve_ray import read_covariances, spectrum
+from delve_ray import SaturationTracker, read_covariances, read_spectra, spectrum
 from delve_ray.moments import F64, PackedTotal, unpack_triangle
 from delve_ray.storage import Storage
 from delve_ray.store import publisher
@@ -29,6 +31,15 @@ SOURCES = 16
 WINDOWS = 4
 DELTAS = 12
 """Per source and window; half of them come twice, all of them in any order."""
+
+
+@pytest.fixture(autouse=True)
+def restless() -> Iterator[None]:
+    """Threads change places a thousand times as often as usual, which shows what is not locked."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 1000)
+    yield
+    sys.setswitchinterval(usual)
 
 
 def plan(worker: Worker, rng: np.random.Generator, kept: dict[int, list[F64]]) -> list[Any]:
@@ -99,6 +110,50 @@ def test_totals_are_exact_whatever_the_threads_do(savefile: str, seed: int) -> N
         assert row["samples"] == len(everything)
         error = covariance_error(unpack_triangle(row["covariance"], 5), two_pass_covariance(everything))
         assert error < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(times(2)))
+def test_a_training_goes_on_while_others_ask_and_close(savefile: str, seed: int) -> None:
+    """Tiny batches, a window after each, live rows all the time; then two threads close it at once."""
+    chance = random.Random(seed)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0.005)
+    failures = list[Exception]()
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                tracker.metrics()
+                tracker.store.status()
+                tracker.add_scalar("asked", 1.0)
+                tracker.flush(60)
+            except Exception as error:
+                if "after close()" not in str(error):
+                    failures.append(error)
+                return
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    sent = [chance.randrange(1, 30) for _ in range(chance.randrange(10, 40))]
+    for step, count in enumerate(sent):
+        model(torch.randn(count, 6))
+        tracker.add_saturations(step)
+    closing = [threading.Thread(target=tracker.close, args=(60,), daemon=True) for _ in range(2)]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join(120)
+        assert not thread.is_alive(), "a deadlock"
+    over.set()
+    asking.join(60)
+    assert not asking.is_alive(), "a deadlock"
+    assert failures == []
+    rows = read_spectra(savefile).to_pylist()
+    found = {(row["step"], row["layer"]): (row["samples"], row["workers"], row["final"]) for row in rows}
+    assert found == {(step, str(layer)): (count, 1, True) for step, count in enumerate(sent) for layer in range(5)}
+    last = [row["saturation"] for row in rows if row["step"] == len(sent) - 1]
+    assert tracker.metrics()["saturation/train/mean"] == pytest.approx(sum(last) / 5)
 
 
 class Gate:
