@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from delve_ray.moments import F64, Moments, pack_block, triangle_size
-from delve_ray.workspace import Workspace, block_plan, zeros
+from delve_ray.workspace import Workspace, block_plan, rounds_products, zeros
 
 if TYPE_CHECKING:
     from delve_ray.cuda.lane import Lane
@@ -165,6 +165,9 @@ class Accumulator:
             raise ValueError(
                 f"the buffer has shape {buffer.shape}, moments of {self.features} features need ({self.moments_size},)"
             )
+        if workspace is not None and rounds_products(self.workspace.device):
+            # The training's own products go on meanwhile, rounded as the user wants them.
+            self.precision = torch.float64
         self._finish()
         self._fold()
         sums, mean, n, dropped, weight = self._read()

@@ -184,7 +184,7 @@ class DeviceAccumulator(Accumulator):
     def _product(self, centred: Tensor) -> list[Tensor]:
         """The upper blocks of centredᵀ·centred, in scratch memory."""
         _, blocks = self.workspace.product(self._plan, centred.dtype)
-        with ieee_products(centred.device):
+        with ieee_products(centred):
             for (first, height, _), block in zip(self._plan.blocks, blocks, strict=True):
                 # With `out=` autocast leaves the product alone.
                 torch.mm(centred[:, first : first + height].t(), centred[:, first:], out=block)

@@ -15,6 +15,31 @@ from delve_ray.waiting import TELL_S, leave
 log = logging.getLogger(__name__)
 
 
+class Once:
+    """Something that is done once, by whoever comes first; safe in signal handlers, too."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, tuple[int, object]] = {}
+        self._done = threading.Event()
+
+    def begin(self, timeout: float) -> bool:
+        """Whether the caller is to do it; else waits until it is done, up to `timeout` seconds.
+
+        Who is doing it already, and was interrupted, does not wait for itself.
+        """
+        mine = threading.get_ident(), object()
+        first = self._first.setdefault(0, mine)  # atomic
+        if first is mine:
+            return True
+        if first[0] != mine[0]:
+            self._done.wait(timeout)
+        return False
+
+    def end(self) -> None:
+        """It is done."""
+        self._done.set()
+
+
 def depart(
     recorder: Recorder, shipper: Shipper, savefile: str, timeout: float, *, completed: bool, rejoinable: bool
 ) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -42,6 +44,7 @@ def register(recorder: Recording) -> tuple[int, bool]:
 
     The operators are defined here, and not at import: that loads torch._dynamo, which takes a second.
     """
+    _leave_forks_alone()
     token = next(_TOKENS)
     _RECORDERS[token] = recorder
     actions: dict[str, Callable[..., None]] = {
@@ -50,6 +53,21 @@ def register(recorder: Recording) -> tuple[int, bool]:
         "end_mask": _end_compiled,
     }
     return token, define_operators(actions, called_while_tracing=(in_subgraph, _say_unreadable))
+
+
+@functools.cache
+def _leave_forks_alone() -> None:
+    """Let nothing be recorded in forked children: no thread there takes it to a store, and a lock that one of this
+    process's had at that moment is never released.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forget_all)
+
+
+def _forget_all() -> None:
+    for recorder in list(_RECORDERS.values()):
+        recorder.recording = False
+    _RECORDERS.clear()
 
 
 def forget(token: int) -> None:

@@ -160,6 +160,8 @@ class HostAccumulator(Accumulator):
         self.adding = False
 
     def _finish(self) -> None:
+        if self.precision == torch.float64:
+            self._end_shift()  # those groups' products are in float32
         self._reduce_stage()
         self._stage = None
         self._end_shift()
@@ -263,7 +265,7 @@ class HostAccumulator(Accumulator):
     def _keep(self, group: _Group) -> None:
         """Add a group: its product, of which one block is in memory at a time, and its mean."""
         self.adding = True
-        with ieee_products(group.centred.device):
+        with ieee_products(group.centred):
             for block in upper_product(group.centred, by_rows=group.by_rows):
                 values = self._trusted(block, group)
                 if group.weight != 1:
@@ -343,7 +345,7 @@ class HostAccumulator(Accumulator):
         assert self._shift is not None
         probes = slice(first, first + _PROBES)
         centred, by_rows = self._load(x, n, self._shift)
-        with ieee_products(x.device):
+        with ieee_products(centred):
             (block,) = upper_product(centred, by_rows=by_rows)
         axis = 0 if by_rows else 1
         probed = centred[:, probes] if by_rows else centred[probes]

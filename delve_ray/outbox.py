@@ -38,7 +38,13 @@ class _Item:
     first: bool
     path: str | None = None
     merged: bool = False
-    busy: bool = False  # being sent or written: it stays as it is
+    sending: bool = False
+    writing: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether it is to stay as it is."""
+        return self.sending or self.writing
 
 
 def spill_folder(run: str, source: str, spill_dir: str | None) -> str:
@@ -70,28 +76,39 @@ class Outbox:
         """What was given up, in words."""
         self.memory_bytes = 0
         """Bytes of buffers in memory."""
+        self.unmerged = 0
+        """Deltas that the store has not merged."""
         self._config = config
         self._layers = list(layers)
         self._items: dict[int, _Item] = {}
         self._told_full = False
-        self._lock = threading.Lock()
+        # Reentrant: a signal handler that closes the tracker may interrupt a thread that has it.
+        self._lock = threading.RLock()
 
     # --- in -------------------------------------------------------------------------------------------------
 
     def add(self, delta: Delta, buffer: F64, *, first: bool, memory: int, limit: int) -> None:
         """Take in a packed delta; on return no more than the bound is in memory."""
+        self.put(delta.sealed(buffer), buffer, first=first)
+        self.make_room(memory=memory, limit=limit)
+
+    def put(self, delta: Delta, buffer: F64, *, first: bool) -> None:
+        """Take in a packed and sealed delta; `make_room` is to follow."""
         with self._lock:
-            self._items[delta.seq] = _Item(delta.sealed(buffer), buffer, buffer.nbytes, first)
+            self._items[delta.seq] = _Item(delta, buffer, buffer.nbytes, first)
             self._count()
+
+    def make_room(self, *, memory: int, limit: int) -> None:
+        """On return no more than the bound is in memory, or what is being sent."""
         while (item := self._excess(memory)) is not None:
             try:
                 self._spill(item)
             except OSError as error:
                 with self._lock:
-                    item.busy = False
-                    if not self._told_full:
-                        log.error("%s: what waits for the store cannot be put there (%s)", self.folder, error)
-                    self._told_full = True
+                    item.writing = False
+                    told, self._told_full = self._told_full, True
+                if not told:
+                    log.error("%s: what waits for the store cannot be put there (%s)", self.folder, error)
                 if self._excess(max(limit, memory), claim=False) is None:
                     return
                 self._give_up(item, str(error))
@@ -99,6 +116,7 @@ class Outbox:
     def _count(self) -> None:
         """Called with the lock held, after every change."""
         self.memory_bytes = sum(item.nbytes for item in self._items.values() if item.buffer is not None)
+        self.unmerged = sum(not item.merged for item in self._items.values())
 
     def _excess(self, memory: int, *, claim: bool = True) -> _Item | None:
         """The buffer to put on disk next, if there are too many: what is needed last."""
@@ -112,7 +130,7 @@ class Outbox:
             ]
             if not candidates:
                 return None
-            candidates[0].busy = candidates[0].busy or claim
+            candidates[0].writing = claim
             return candidates[0]
 
     def _spill(self, item: _Item) -> None:
@@ -121,25 +139,27 @@ class Outbox:
         path = os.path.join(self.folder, parcel_name(item.delta))
         try:
             with open(path, "wb") as stream:
-                for piece in self._encode(item):
+                for piece in self._encode(item.delta, item.buffer, item.first):
                     stream.write(piece)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(path)
             raise
         with self._lock:
-            item.buffer, item.path, item.busy, self._told_full = None, path, False, False
+            item.buffer, item.path, item.writing, self._told_full = None, path, False, False
             self._count()
             gone = item.delta.seq not in self._items
         if gone:
             self._unlink(path)
 
-    def _encode(self, item: _Item) -> Iterator[bytes | pa.Buffer]:
-        assert item.buffer is not None
-        return encode_parcel(item.delta, item.buffer, self._config, self._layers, first=item.first)
+    def _encode(self, delta: Delta, buffer: F64, first: bool) -> Iterator[bytes | pa.Buffer]:
+        return encode_parcel(delta, buffer, self._config, self._layers, first=first)
 
-    def _give_up(self, item: _Item, why: str) -> None:
+    def _give_up(self, item: _Item, why: str, *, unless_merged: bool = False) -> None:
+        """Give up the rows of a delta, but of one that is being offered meanwhile, or is safe."""
         with self._lock:
+            if item.sending or self._items.get(item.delta.seq) is not item or (unless_merged and item.merged):
+                return
             self._empty(item)
             self._count()
             self.lost_rows.append(f"rows of step {item.delta.step} ({why})")
@@ -160,22 +180,23 @@ class Outbox:
 
     def next(self) -> tuple[Delta, F64] | None:
         """The first delta that the store has not merged; `done` is to be called for it."""
-        with self._lock:
-            waiting = (item for _, item in sorted(self._items.items()) if not item.merged)
-            item = next(waiting, None)
-            if item is None:
-                return None
-            if item.buffer is not None:
-                item.busy = True
-                return item.delta, item.buffer
-            path = item.path or ""
-        try:
-            return item.delta, decode_parcel(
-                Storage(os.path.dirname(path)).read_buffer(os.path.basename(path)), path
-            ).buffer
-        except (OSError, ReadError) as error:
-            self._give_up(item, f"{path} cannot be read: {error}")
-            return item.delta, np.empty(0)
+        while True:
+            with self._lock:
+                waiting = (item for _, item in sorted(self._items.items()) if not item.merged)
+                item = next(waiting, None)
+                if item is None:
+                    return None
+                if item.buffer is not None:
+                    item.sending = True
+                    return item.delta, item.buffer
+                path = item.path or ""
+            try:
+                return item.delta, decode_parcel(
+                    Storage(os.path.dirname(path)).read_buffer(os.path.basename(path)), path
+                ).buffer
+            except (OSError, ReadError) as error:
+                # Then its header is next, unless it is the store's by now, and the file is gone for that reason.
+                self._give_up(item, f"{path} cannot be read: {error}", unless_merged=True)
 
     def following(self, seq: int) -> tuple[Delta, F64] | None:
         """What `next` will give after this delta, if it is in memory; it stays here, and may be put on disk."""
@@ -188,7 +209,7 @@ class Outbox:
         """A delta is not being sent any more."""
         with self._lock:
             if seq in self._items:
-                self._items[seq].busy = False
+                self._items[seq].sending = False
 
     def acknowledge(self, ack: Ack) -> bool:
         """Note what the store has, and forget what is safe there; whether something has to be offered again."""
@@ -211,6 +232,7 @@ class Outbox:
         with self._lock:
             for item in self._items.values():
                 item.merged = False
+            self._count()
 
     def held(self, attempt: int, next_seq: int, window: int, *, first: bool) -> Held:
         """What is here, for a store that does not know this worker.
@@ -256,13 +278,18 @@ class Outbox:
         storage = Storage(folder)
         paths = []
         with self._lock:
-            items = [item for _, item in sorted(self._items.items())]
-        for item in items:
-            name = parcel_name(item.delta)
-            if item.buffer is not None:
-                storage.write_atomic(name, self._encode(item))
-            elif item.path is not None:
-                storage.write_atomic(name, Storage(os.path.dirname(item.path)).read_buffer(os.path.basename(item.path)))
+            items = [(item.delta, item.buffer, item.path, item.first) for _, item in sorted(self._items.items())]
+        for delta, buffer, path, first in items:
+            name = parcel_name(delta)
+            if buffer is not None:
+                storage.write_atomic(name, self._encode(delta, buffer, first))
+            elif path is not None:
+                try:
+                    storage.write_atomic(name, Storage(os.path.dirname(path)).read_buffer(os.path.basename(path)))
+                except FileNotFoundError:
+                    if delta.seq in self._items:
+                        raise
+                    continue  # a late answer: the store has it
             paths.append(os.path.join(folder, name))
         return paths
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 
+from delve_ray.errors import StoreError
 from delve_ray.outbox import Outbox
 from delve_ray.packing import Packer, Pending
 from delve_ray.recorder import Recorder
@@ -18,6 +19,9 @@ from delve_ray.store.protocol import Source, Welcome
 from delve_ray.writers.base import Scalar
 
 log = logging.getLogger(__name__)
+
+BUSY_S = 0.1
+"""How long live rows wait for a hook before the packer looks for something else to do."""
 
 
 class PackingQueue:
@@ -72,32 +76,49 @@ class PackingQueue:
             spare = self.recorder.spare_bytes - max(0, self.outbox.memory_bytes - self.recorder.outbox_bytes)
             if self._queue and sum(other.nbytes for other in (*self._queue, item)) > spare:
                 item.harvest, item.complete = {}, False
-                log.error(
-                    "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
-                    "would exceed max_memory=%d; close fewer windows, or raise it",
-                    self.source.rank,
-                    label,
-                    self.recorder.options.max_memory,
-                )
             self._queue.append(item)
             self.windows = item.window + 1
             self._next_step = label + 1
             self._state.notify_all()
+        if not item.complete:  # said without a lock: what a handler of the user's does is not known
+            log.error(
+                "rank %d: rows of step %d are given up: windows close faster than they can be packed, and more "
+                "would exceed max_memory=%d; close fewer windows, or raise it",
+                self.source.rank,
+                label,
+                self.recorder.options.max_memory,
+            )
 
     def number_from(self, step: int) -> None:
         """The label of the next window that is given none."""
         with self._state:
             self._next_step = step
 
-    def queue_live(self) -> None:
-        """Hand over what was recorded so far without closing the window. Returns at once."""
-        with self.recorder.lock, self._state:
-            # The end may have come while a hook had the lock.
-            harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
-            scalars = self._take_scalars()
-            if harvest or scalars:
-                self._queue.append(Pending(self._open_window(), self._next_step, False, False, harvest, scalars))
-            self._state.notify_all()
+    def queue_live(self, timeout: float = -1.0) -> bool:
+        """Hand over what was recorded so far without closing the window. Returns at once.
+
+        With a `timeout` in seconds, False where a hook has the accumulators for longer.
+        """
+        if not self.recorder.lock.acquire(timeout=timeout):
+            return False
+        try:
+            with self._state:
+                # The end may have come while a hook had the lock.
+                harvest = {} if self._stopping else self.recorder.harvest(end_of_window=False)
+                scalars = self._take_scalars()
+                if harvest or scalars:
+                    self._queue.append(Pending(self._open_window(), self._next_step, False, False, harvest, scalars))
+                self._state.notify_all()
+        finally:
+            self.recorder.lock.release()
+        return True
+
+    def resume(self) -> None:
+        """Record again. Raises StoreError where nothing more can be delivered."""
+        with self._state:
+            if self.lost is not None:
+                raise StoreError(f"nothing more can be delivered, so nothing is recorded: {self.lost}")
+            self.recorder.recording = True
 
     def add_scalar(self, scalar: Scalar) -> None:
         """Queue a user scalar. Returns at once."""
@@ -119,7 +140,7 @@ class PackingQueue:
     # --- the packer's thread -----------------------------------------------------------------------------------
 
     def _idle(self) -> bool:
-        return not (self._queue or self._scalars or self._packing or self.outbox.waiting)
+        return not (self._queue or self._scalars or self._packing or self.outbox.unmerged)
 
     def _pack_all(self) -> None:
         every = self.publish_every or threading.TIMEOUT_MAX / 2
@@ -141,8 +162,10 @@ class PackingQueue:
             if item is not None:
                 self._pack_next(item)
             elif time.monotonic() >= next_live:
-                if not self.outbox.waiting:  # what was never sent goes on merging
-                    self.queue_live()
+                # What was never sent goes on merging. A hook that a signal has interrupted may hold the accumulators
+                # until this thread has packed what the signal's handler closes.
+                if not self.outbox.unmerged and not self.queue_live(BUSY_S):
+                    continue
                 next_live = time.monotonic() + every
 
     def _pack_next(self, item: Pending) -> None:
@@ -152,10 +175,13 @@ class PackingQueue:
             with self._state:
                 waiting = sum(other.nbytes for other in self._queue if other is not item)
             limit = memory + max(0, self.recorder.spare_bytes - waiting)
-            self.outbox.add(delta, buffer, first=self._first, memory=memory, limit=limit)
-            self.sent += 1
-            self._first = item.closes
-            self._packed_window = item.window + item.closes
+            delta = delta.sealed(buffer)
+            with self._state:  # together: a store that is started anew is told where this worker is
+                self.outbox.put(delta, buffer, first=self._first)
+                self.sent += 1
+                self._first = item.closes
+                self._packed_window = item.window + item.closes
+            self.outbox.make_room(memory=memory, limit=limit)
         except Exception as error:  # the training goes on, whatever happens here
             log.exception("rank %d: rows of step %d are lost", self.source.rank, item.step)
             self._lose(f"{type(error).__name__}: {error}")
@@ -167,11 +193,11 @@ class PackingQueue:
 
     def _lose(self, why: str) -> None:
         """Nothing more can be delivered: stop recording, so that nothing piles up, and say so."""
-        self.recorder.recording = False
         with self._state:
             if self.lost is not None:
                 return
             self.lost = why
+            self.recorder.recording = False
             self._state.notify_all()
         log.error(
             "rank %d of run %s cannot deliver its moments and records no more: %s",

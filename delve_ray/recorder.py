@@ -104,6 +104,7 @@ class Recorder:
         self._forwards: dict[tuple[int, int], int] = {}
         self._offered: dict[tuple[int, int], int] = {}
         self._failures: dict[tuple[int, int], int] = {}
+        self._given_up: set[int] = set()  # only ever added to, by the sender's thread, too, which waits for no hook
         self._warned: set[tuple[int, str]] = set()
         self._phases: set[int] = set()
         # Reentrant: a signal handler that closes the tracker may interrupt a hook of the same thread. Who takes
@@ -151,7 +152,7 @@ class Recorder:
     def _observe(self, key: tuple[int, int], read: Callable[[], tuple[Tensor, bool] | None]) -> None:
         try:
             # A forward inside a running backward pass is activation checkpointing recomputing what was counted.
-            if torch._C._current_graph_task_id() != -1 or self._failures.get(key, 0) >= _FAILURES or tracing():
+            if torch._C._current_graph_task_id() != -1 or self._is_given_up(key) or tracing():
                 return
             with self.lock, _disable_current_modes() if modes_are_on() else contextlib.nullcontext():
                 if self._due(key):
@@ -161,6 +162,9 @@ class Recorder:
                         self._read_within(self._budget, key, read)
         except Exception as error:  # our mistake or an output we do not know must not stop a training
             self._fail(key, error)
+
+    def _is_given_up(self, key: tuple[int, int]) -> bool:
+        return key[0] in self._given_up or self._failures.get(key, 0) >= _FAILURES
 
     def _read(self, key: tuple[int, int], read: Callable[[], tuple[Tensor, bool] | None], weight: float) -> None:
         found = read()
@@ -253,8 +257,7 @@ class Recorder:
 
     def give_up(self, index: int, why: str) -> None:
         """Record no more of a layer, and say so once."""
-        with self.lock:
-            self._failures |= dict.fromkeys(((index, TRAIN), (index, EVAL)), _FAILURES)
+        self._given_up.add(index)
         self.say_once(f"layer {self.layers[index].name} is not recorded: {why}")
 
     def say_unreadable(self, index: int, why: str) -> None:
@@ -268,7 +271,8 @@ class Recorder:
         if isinstance(error, Unrecordable):
             self.give_up(index, str(error))
             return
-        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        with self.lock:
+            failures = self._failures[key] = self._failures.get(key, 0) + 1
         kind = type(error).__name__
         if failures < _FAILURES and (index, kind) in self._warned:
             return

@@ -18,7 +18,7 @@ from delve_ray.outbox import Outbox
 from delve_ray.packing_queue import PackingQueue
 from delve_ray.recorder import Recorder
 from delve_ray.store.metrics import Metrics
-from delve_ray.store.protocol import Ack, Delta, Held, Source, Store, StoreConfig, Welcome
+from delve_ray.store.protocol import Ack, Delta, Held, Progress, Source, Store, StoreConfig, Welcome
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ HEARTBEATS_PER_S = 400
 core, however many ranks there are."""
 RETRY_S = (0.1, 5.0)
 """First and longest pause before a delta is offered again to a store that did not answer."""
+PROGRESS_S = 60.0
+"""How long the store may take to say how far it is."""
 PACK_S = 10.0
 """How long the end waits for what is still to be packed."""
 TELL_S = 60.0
@@ -74,14 +76,22 @@ class Shipper(PackingQueue):
             store.following = outbox.following
         self._rejoin = rejoin
         self._heard = -1  # windows that were published when the store told the metrics
+        self._asked = self._answered = 0  # questions that have the metrics in their answer
         self._told = float("-inf")
         self._awake = False
         self._threads = [
-            threading.Thread(target=self._pack_all, name="delve_ray-packer", daemon=True),
-            threading.Thread(target=self._send_all, name="delve_ray-sender", daemon=True),
+            threading.Thread(target=self._run, args=(self._pack_all,), name="delve_ray-packer", daemon=True),
+            threading.Thread(target=self._run, args=(self._send_all,), name="delve_ray-sender", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception as error:  # nothing that is foreseen; but nobody shall wait for this thread
+            log.exception("rank %d: %s ends", self.source.rank, threading.current_thread().name)
+            self._lose(f"{type(error).__name__}: {error}")
 
     # --- called by the training and at the end -----------------------------------------------------------------
 
@@ -105,6 +115,24 @@ class Shipper(PackingQueue):
                 left - tell_every,
                 self.undelivered(),
             )
+
+    def progress(self, timeout: float = PROGRESS_S) -> Progress:
+        """Ask the store how far it is, and keep the metrics, unless what was asked later has been answered already."""
+        number = self._ask()
+        progress = self.store.progress(timeout)
+        with self._state:
+            self._keep(number, progress.metrics)
+        return progress
+
+    def _ask(self) -> int:
+        """The number of a question whose answer has the metrics."""
+        with self._state:
+            self._asked += 1
+            return self._asked
+
+    def _keep(self, number: int, metrics: Mapping[str, float]) -> None:
+        if number > self._answered:
+            self._answered, self.metrics = number, metrics
 
     def wake(self) -> None:
         """Ask the store at once what it has."""
@@ -131,6 +159,12 @@ class Shipper(PackingQueue):
             steps |= {item.step for item in queued if item.harvest or item.closes}
         return f"rows of {_spans(steps)}, {scalars} scalars"
 
+    @property
+    def unpacked(self) -> str:
+        """In words, what of it has not got as far as the outbox; empty where nothing."""
+        with self._state:
+            return _spans({item.step for item in self._queue}) if self._queue else ""
+
     # --- the sender's thread -----------------------------------------------------------------------------------
 
     def _send_all(self) -> None:
@@ -141,7 +175,7 @@ class Shipper(PackingQueue):
                 self._state.wait_for(lambda: self._stopping or self.lost is not None, pause)
                 if not pause:
                     self._state.wait_for(
-                        lambda: self._stopping or self._awake or self.outbox.waiting or self.lost is not None,
+                        lambda: self._stopping or self._awake or self.outbox.unmerged or self.lost is not None,
                         max(0.0, next_heartbeat - time.monotonic()),
                     )
                 if self._stopping or self.lost is not None:
@@ -163,8 +197,9 @@ class Shipper(PackingQueue):
     def _offer(self, delta: Delta, buffer: F64) -> bool:
         """Offer a delta once; whether the store has it now. A refusal is final, silence is not."""
         try:
+            number = self._ask()
             ack = self.store.take(delta, buffer)
-            self.note(ack)
+            self.note(ack, number)
             for layer, features in ack.refused:
                 self.recorder.give_up(
                     layer,
@@ -188,13 +223,14 @@ class Shipper(PackingQueue):
         finally:
             self.outbox.done(delta.seq)
 
-    def note(self, ack: Ack) -> None:
-        """Note what the store has; what it has lost since is offered again."""
+    def note(self, ack: Ack, number: int = 0) -> None:
+        """Note what the store has, in answer to a question of that number; what it has lost since is offered again."""
         if self.outbox.acknowledge(ack):
             log.warning("rank %d: the store was restarted; it is offered what it has not saved", self.source.rank)
         with self._state:
             if ack.metrics is not None:
-                self.metrics, self._heard = ack.metrics, ack.published
+                self._heard = ack.published
+                self._keep(number, ack.metrics)
             self.last_ack = ack
             self._told = float("-inf")
             self._state.notify_all()
@@ -232,14 +268,15 @@ class Shipper(PackingQueue):
 
     def _heartbeat(self) -> None:
         """Say that this worker lives."""
-        self.note(self.store.heartbeat(self.source, self.outbox.status()))
+        number = self._ask()
+        self.note(self.store.heartbeat(self.source, self.outbox.status()), number)
         self._fetch()
 
     def _fetch(self) -> None:
         """Fetch the metrics of a window that has been published, where no answer has brought them."""
         ack = self.last_ack
         if ack is not None and ack.published != self._heard:
-            self.metrics = self.store.progress().metrics
+            self.progress()
             self._heard = ack.published
 
     def _call(self, question: Callable[[], None]) -> None:
@@ -249,7 +286,7 @@ class Shipper(PackingQueue):
         except UnknownSource:
             self._register_again()
         except StoreError as error:
-            if error.final:
+            if error.final and not (self.leaving and self._idle()):  # then it has ended with its run
                 self._lose(f"{type(error).__name__}: {error}")
             log.debug("heartbeat: %s", error)
         except Exception as error:

@@ -148,10 +148,18 @@ class SketchAccumulator(Accumulator):
         rows = self._stage[: self._staged]
         self.adding = True
         self._staged, self._keep = 0, None
+        if rows.dtype == self.precision or wide:
+            self._add_group(rows, keep, weight, wide=wide)
+        else:  # halves, so that it takes no more memory than a stage of float64 rows
+            keeps = (None, None) if keep is None else keep.chunk(2)
+            for part, part_keep in zip(rows.chunk(2), keeps, strict=False):
+                self._add_group(part.to(self.precision), part_keep, weight, wide=False)
+        self.adding = False
+
+    def _add_group(self, rows: Tensor, keep: Tensor | None, weight: float, *, wide: bool) -> None:
         group = centre_group(rows, keep, wide=wide)
         self._add_sketch(rows, group.up * group.up, weight)
         self._note(group, weight)
-        self.adding = False
 
     def _add_sketch(self, rows: Tensor, scale: Tensor, weight: float) -> None:
         """Add weight·scale times the diagonal of XᵀX, and XᵀXΩ, of rows X."""
@@ -161,7 +169,7 @@ class SketchAccumulator(Accumulator):
             self._diagonal[first:last].addcmul_(part.square().sum(0).double(), scale, value=weight)
             # With `out=` autocast leaves the product alone.
             block = empty((last - first, self.columns), rows.dtype, rows.device)
-            with ieee_products(rows.device):
+            with ieee_products(rows):
                 torch.mm(part.t(), right, out=block)
             self._sketch[first:last].addcmul_(block.double(), scale, value=weight)
 
@@ -171,7 +179,7 @@ class SketchAccumulator(Accumulator):
         found = empty((len(rows), self.columns), rows.dtype, rows.device).zero_()
         height = min(block_rows(self.columns), self.features)
         dense = empty((height, self.columns), rows.dtype, rows.device)
-        with ieee_products(rows.device):
+        with ieee_products(rows):
             for first, last in self._blocks_of_features():
                 block = dense[: last - first].zero_()
                 block.scatter_(1, columns[first:last], values[first:last].to(rows.dtype))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from delve_ray.checks import check_flag, check_integer, check_name, check_number, check_seconds
 from delve_ray.connect import choose, enter, given_store, identify, publication, through_combiner
-from delve_ray.ending import close_with_thread, depart
+from delve_ray.ending import Once, close_with_thread, depart
 from delve_ray.errors import OptionError, StoreError
 from delve_ray.integrations.trial import Trial
 from delve_ray.masks import MaskFunction, check_mask
@@ -276,6 +276,7 @@ class SaturationTracker:
         self._next_step = first_step
         self._closed_steps: dict[int, int] = {}
         self._closed = False
+        self._closing = Once()
         self._recorder.start()
         atexit.register(self.close)
         closes = partial(self._close, CLOSE_TIMEOUT_S, completed=not self._rejoinable)
@@ -349,7 +350,7 @@ class SaturationTracker:
         """
         limit = WAIT_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout)
         if wait and not self._closed:
-            self._shipper.metrics = wait_metrics(self._shipper, limit)
+            return dict(wait_metrics(self._shipper, limit))
         return dict(self._shipper.metrics)
 
     def stop(self) -> None:
@@ -359,9 +360,7 @@ class SaturationTracker:
     def resume(self) -> None:
         """Record again after `stop()`."""
         self._check_open("resume")
-        if self._shipper.lost is not None:
-            raise StoreError(f"nothing more can be delivered, so nothing is recorded: {self._shipper.lost}")
-        self._recorder.recording = True
+        self._shipper.resume()
 
     def is_recording(self) -> bool:
         """Whether forwards are recorded."""
@@ -426,7 +425,8 @@ class SaturationTracker:
         """Remove the hooks, deliver everything, and leave the run; the last rank to leave waits for its files.
 
         Rows since the last `add_saturations` are published as a last window. What cannot be delivered within
-        `timeout` seconds (120 by default) is said in the log, by step. A second call does nothing.
+        `timeout` seconds (120 by default) is said in the log, by step. A second call does nothing; in another thread
+        it waits for the first.
         """
         self._close(CLOSE_TIMEOUT_S if timeout is None else check_seconds("timeout", timeout), completed=True)
 
@@ -441,13 +441,16 @@ class SaturationTracker:
         self._close(CLOSE_TIMEOUT_S, completed=kind is None or not self._rejoinable)
 
     def _close(self, timeout: float, *, completed: bool) -> None:
-        if self._closed or os.getpid() != self._source.pid:  # a forked child has no sender and nothing to deliver
+        if os.getpid() != self._source.pid:  # a forked child has no sender and nothing to deliver
+            return
+        if not self._closing.begin(timeout):
             return
         self._closed = True
         try:
             ways = {"completed": completed, "rejoinable": self._rejoinable}
             depart(self._recorder, self._shipper, self._config.savefile, timeout, **ways)
         finally:
+            self._closing.end()
             atexit.unregister(self.close)
 
     def _check_open(self, method: str) -> None:

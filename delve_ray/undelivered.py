@@ -19,8 +19,12 @@ def keep_undelivered(shipper: Shipper, savefile: str) -> bool:
     """
     run, rank = shipper.source.run, shipper.source.rank
     outbox = shipper.outbox
+    if unpacked := shipper.unpacked:
+        log.error(
+            "rank %d of run %s ends while rows of %s are still on their device; they are lost", rank, run, unpacked
+        )
     if not len(outbox):
-        return True
+        return not unpacked
     what, problem = shipper.undelivered(), shipper.lost or "the store did not take it in time"
     storage = Storage(savefile)
     folders = [os.path.join(storage.local_path, UNDELIVERED)] if storage.is_local else []

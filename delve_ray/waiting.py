@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from delve_ray.errors import DelveRayError, StoreError, UnknownSource
 from delve_ray.shipping import Shipper
-from delve_ray.store.protocol import Progress, Store, ranks_text
+from delve_ray.store.protocol import Progress, ranks_text
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ def wait_metrics(shipper: Shipper, timeout: float) -> Mapping[str, float]:
     deadline = time.monotonic() + timeout
     if not shipper.flush(timeout):
         raise StoreError(shipper.lost or f"rank {shipper.source.rank} could not deliver within {timeout:g} s")
-    return wait_published(shipper.store, shipper.source.run, shipper.windows, deadline, timeout).metrics
+    return wait_published(shipper, shipper.windows, deadline, timeout).metrics
 
 
 def wait_written(shipper: Shipper, timeout: float) -> None:
@@ -34,16 +34,16 @@ def wait_written(shipper: Shipper, timeout: float) -> None:
         raise StoreError(shipper.lost or f"run {shipper.source.run!r} is not written after {timeout:g} s")
 
 
-def wait_published(store: Store, run: str, windows: int, deadline: float, timeout: float) -> Progress:
+def wait_published(shipper: Shipper, windows: int, deadline: float, timeout: float) -> Progress:
     """Wait until so many windows of the attempt are published.
 
     Raises StoreError after the deadline, which is `timeout` seconds after the start, naming the missing ranks.
     """
-    pause = 0.005
+    run, pause = shipper.source.run, 0.005
     progress, problem = None, ""
     while True:
         try:
-            progress = store.progress(timeout)
+            progress = shipper.progress(timeout)
             if progress.published >= windows:
                 return progress
         except StoreError as error:
@@ -115,11 +115,10 @@ def _left(shipper: Shipper, left: float, *, completed: bool) -> bool:
     if not ack.left:
         return False
     if not ack.finished:
-        shipper.metrics = store.progress(left).metrics
+        shipper.progress(left)
         return ack.saved
     done = store.wait_finished(min(left, TELL_S))
-    progress = store.progress(left)
-    shipper.metrics = progress.metrics
+    progress = shipper.progress(left)
     if not done:
         raise StoreError(f"the files are not complete yet ({'; '.join(progress.problems) or 'publishing'})")
     for problem in progress.problems:

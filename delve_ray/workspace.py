@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -106,27 +107,75 @@ def zeros(size: int | tuple[int, ...], device: torch.device, dtype: torch.dtype 
         return torch.zeros(size, dtype=dtype, device=device)
 
 
+class _Setting:
+    """What the user lets float32 products of a device be rounded to: one setting for all threads of the process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.holders = 0
+        self.restore: Callable[[], None] = lambda: None
+
+
+_SETTINGS = {"cpu": _Setting(), "cuda": _Setting()}
+
+
+def _setting(device: torch.device) -> _Setting:
+    return _SETTINGS["cuda" if device.type == "cuda" else "cpu"]
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether the user lets float32 products be rounded to TF32 or bfloat16, whoever keeps that out at the moment."""
+    setting = _setting(device)
+    with setting.lock:
+        return setting.holders > 0 or not _is_ieee(_backend(device), device)
+
+
 @contextmanager
-def ieee_products(device: torch.device) -> Iterator[None]:
-    """Keep TF32 and bfloat16 out of float32 products, whatever the user chose for the training."""
-    backends: Any = torch.backends
-    backend: Any = backends.cuda.matmul if device.type == "cuda" else getattr(backends.mkldnn, "matmul", None)
-    chosen = getattr(backend, "fp32_precision", None)
-    if chosen in (None, "ieee", "none"):
-        if chosen is None and device.type == "cuda" and backend.allow_tf32:  # torch < 2.9
-            backend.allow_tf32 = False
-            try:
-                yield
-            finally:
-                backend.allow_tf32 = True
-            return
+def ieee_products(like: Tensor) -> Iterator[None]:
+    """Keep TF32 and bfloat16 out of float32 products, whatever the user chose for the training.
+
+    That is a setting of the whole process: only for the thread that trains, whose own products wait meanwhile. Another
+    thread takes its products in float64, which knows no such setting, where `rounds_products` says so.
+    """
+    if like.dtype == torch.float64:
         yield
         return
+    setting, backend = _setting(like.device), _backend(like.device)
+    with setting.lock:
+        if held := setting.holders > 0 or not _is_ieee(backend, like.device):
+            if not setting.holders:
+                setting.restore = _make_ieee(backend)
+            setting.holders += 1
+    try:
+        yield
+    finally:
+        if held:
+            with setting.lock:  # the last one restores it: the threads of DataParallel are in here side by side
+                setting.holders -= 1
+                if not setting.holders:
+                    setting.restore()
+
+
+def _backend(device: torch.device) -> Any:
+    backends: Any = torch.backends
+    return backends.cuda.matmul if device.type == "cuda" else getattr(backends.mkldnn, "matmul", None)
+
+
+def _is_ieee(backend: Any, device: torch.device) -> bool:
+    chosen = getattr(backend, "fp32_precision", None)
+    if chosen is None:  # torch < 2.9
+        return device.type != "cuda" or not backend.allow_tf32
+    return chosen in ("ieee", "none")
+
+
+def _make_ieee(backend: Any) -> Callable[[], None]:
+    """Change the setting; returns what restores it."""
+    chosen = getattr(backend, "fp32_precision", None)
+    if chosen is None:
+        backend.allow_tf32 = False
+        return partial(setattr, backend, "allow_tf32", True)
     # What comes from a wider setting is given back as such, so that it goes on following it.
     backend.fp32_precision = "none"
     inherited = backend.fp32_precision == chosen
     backend.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = "none" if inherited else chosen
+    return partial(setattr, backend, "fp32_precision", "none" if inherited else chosen)

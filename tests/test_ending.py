@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from typing import Any
 
 import pytest
 import torch
 
+import delve_ray.tracker
 from delve_ray import OptionError, SaturationTracker, StoreError, read_spectra
 from delve_ray.ending import close_with_thread
+from tests.stores import until
 
 
 def record(tracker: SaturationTracker, model: torch.nn.Module, **step: Any) -> None:
@@ -120,3 +124,77 @@ def test_a_ray_address_where_nobody_is(savefile: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert not identify(savefile, "run", 0, 1).on_ray, "one process alone needs no cluster"
+
+
+def test_who_closes_second_waits_for_the_first_and_closes_nothing(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of the process, and where the thread that trained has ended, somebody may be closing already."""
+    tracker = SaturationTracker(savefile, "parquet", torch.nn.Linear(3, 2))
+    began, go_on, order = threading.Event(), threading.Event(), list[str]()
+    depart = delve_ray.tracker.depart
+
+    def slow(*args: Any, **options: Any) -> None:
+        tracker.close()  # as a signal handler may, in the same thread
+        order.append("begins")
+        began.set()
+        assert go_on.wait(30)
+        depart(*args, **options)
+        order.append("ends")
+
+    monkeypatch.setattr("delve_ray.tracker.depart", slow)
+    first = threading.Thread(target=tracker.close, daemon=True)
+    first.start()
+    assert began.wait(30)
+
+    def close() -> None:
+        tracker.close()
+        order.append("second")
+
+    second = threading.Thread(target=close, daemon=True)
+    second.start()
+    second.join(0.3)  # until it is as far as it gets
+    go_on.set()
+    second.join(30)
+    first.join(30)
+    assert order == ["begins", "ends", "second"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_records_nothing_and_waits_for_no_lock(savefile: str) -> None:
+    """A thread that it does not have may have held the lock at that moment."""
+    model = torch.nn.Linear(3, 2)
+    output = model(torch.randn(4, 3))
+    with SaturationTracker(savefile, "parquet", model) as tracker:
+        held, go_on = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with tracker._recorder.lock:
+                held.set()
+                go_on.wait(60)
+
+        thread = threading.Thread(target=hold, daemon=True)
+        thread.start()
+        assert held.wait(30)
+        (hook,) = model._forward_hooks.values()
+        child = os.fork()
+        if not child:
+            hook(model, (), output)
+            os._exit(17 + tracker.is_recording())
+        found: list[int] = []
+
+        def ended() -> bool:
+            pid, status = os.waitpid(child, os.WNOHANG)
+            found.append(os.waitstatus_to_exitcode(status))
+            return pid == child
+
+        try:
+            until(ended, "the child waits for a lock")
+        finally:
+            if found[-1] != 17:
+                os.kill(child, signal.SIGKILL)
+            go_on.set()
+            thread.join(30)
+        assert found[-1] == 17
+        assert tracker.is_recording()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from delve_ray.moments import F64
 from delve_ray.outbox import Outbox, spill_folder
 from delve_ray.parcels import decode_parcel, parcel_name
+from delve_ray.storage import Storage
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, fingerprint
 from tests.stores import config, source
 
@@ -182,3 +184,71 @@ def test_a_runs_name_is_no_part_of_a_path(run: str, tmp_path: Path) -> None:
     assert os.path.dirname(spill_folder(run, "0123", None)).startswith(
         os.path.join(tempfile.gettempdir(), "delve_ray-")
     )
+
+
+def test_a_file_that_goes_because_the_store_has_it_is_no_loss(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving hears it from the store while the sender reads the file."""
+    fill(box, 2, memory=0)
+    read = Storage.read_buffer
+
+    def late(self: Storage, name: str) -> object:
+        box.acknowledge(Ack(0, next_seq=1, durable=1))
+        return read(self, name)
+
+    monkeypatch.setattr(Storage, "read_buffer", late)
+    header, buffer = box.next() or (None, None)
+    assert header is not None
+    assert buffer is not None
+    assert header.seq == 1
+    assert header.complete
+    assert np.array_equal(buffer, values(1))
+    assert box.lost_rows == []
+
+
+def test_what_is_being_sent_is_not_given_up(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sender takes it while it is written to a disk that is full."""
+    taken = []
+
+    def full(item: object) -> None:
+        taken.append(box.next())
+        raise OSError("no space left")
+
+    monkeypatch.setattr(box, "_spill", full)
+    box.add(delta(0), values(0), first=True, memory=0, limit=0)
+    assert len(taken) == 1
+    header, buffer = box.next() or (None, None)
+    assert header is not None
+    assert buffer is not None
+    assert header.complete
+    assert buffer.size == SIZE
+    assert box.lost_rows == []
+
+
+def test_what_a_late_answer_takes_away_needs_no_recovery(
+    box: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(box, 2, memory=0)
+    read = Storage.read_buffer
+
+    def late(self: Storage, name: str) -> object:
+        box.acknowledge(Ack(0, next_seq=1, durable=1))
+        return read(self, name)
+
+    monkeypatch.setattr(Storage, "read_buffer", late)
+    paths = box.write_all(str(tmp_path / "kept"))
+    assert paths == [str(tmp_path / "kept" / parcel_name(delta(1)))]
+
+
+def test_a_signal_handler_may_look_where_its_thread_was_interrupted(box: Outbox) -> None:
+    fill(box, 2)
+    found = []
+
+    def interrupted() -> None:
+        with box._lock:
+            found.append(len(box.waiting))
+
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert found == [2]
+    assert box.unmerged == 2

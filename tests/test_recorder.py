@@ -29,6 +29,7 @@ from delve_ray import hooks
 from delve_ray.accumulator import Accumulator
 from delve_ray.layers import RowOptions, TokenAdapter
 from delve_ray.recorder import EVAL, TRAIN, Recorder, RecorderOptions
+from delve_ray.rows import Reader
 from delve_ray.schema import PHASES
 from delve_ray.selection import select_layers
 from tests.helpers import (
@@ -928,3 +929,34 @@ def test_a_traced_model_is_no_observation() -> None:
         assert recorder.harvest(end_of_window=True) == {}
         assert torch.equal(traced(x), model(x))
         assert set(counts(harvested(recorder)).values()) == {10}
+
+
+def test_giving_a_layer_up_waits_for_no_forward_and_is_not_undone_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The sender hears from the store that a layer is refused while a hook records it."""
+    model = nn.Linear(3, 2)
+    reading, go_on = threading.Event(), threading.Event()
+    read = Reader.read
+
+    def slow(self: Reader, *args: Any) -> Any:
+        reading.set()
+        assert go_on.wait(30)
+        return read(self, *args)
+
+    with recording(model) as recorder:
+        monkeypatch.setattr(Reader, "read", slow)
+        forward = threading.Thread(target=model, args=(torch.randn(4, 3),), daemon=True)
+        forward.start()
+        assert reading.wait(30)
+        refusing = threading.Thread(target=recorder.give_up, args=(0, "others have another width"), daemon=True)
+        refusing.start()
+        refusing.join(30)
+        assert not refusing.is_alive()
+        go_on.set()
+        forward.join(30)
+        model(torch.randn(5, 3))
+        (moments,) = harvested(recorder).values()
+        assert moments.n == 4
+    assert "layer Linear is not recorded: others have another width" in caplog.text
+    caplog.clear()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,10 +20,12 @@ from delve_ray.errors import UnknownSource
 from delve_ray.host_accumulator import HostAccumulator
 from delve_ray.memory import worker_bytes
 from delve_ray.moments import unpack_triangle
+from delve_ray.outbox import Outbox
 from delve_ray.packing import Packer
-from delve_ray.shipping import heartbeat_s
+from delve_ray.recorder import Recorder
+from delve_ray.shipping import Shipper, heartbeat_s
 from delve_ray.store.core import CovarianceStore
-from delve_ray.store.protocol import Ack, Delta, LayerInfo, Progress
+from delve_ray.store.protocol import Ack, Delta, Held, LayerInfo, Progress
 from tests.stores import config, until
 
 FEATURES = 60
@@ -286,3 +290,194 @@ def test_a_rank_hears_the_metrics_of_each_window_and_asks_where_an_answer_was_lo
 )
 def test_signs_of_life_are_rarer_with_thousands_of_ranks(ranks: int, silent_after: float, seconds: float) -> None:
     assert heartbeat_s(config(world_size=ranks, silent_after=silent_after)) == seconds
+
+
+def test_metrics_that_were_asked_for_earlier_do_not_replace_later_ones(savefile: str) -> None:
+    """The sender's question may be on its way when `metrics(wait=True)` asks, or `close`."""
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        link = link_of(tracker)
+        asked, go_on = threading.Event(), threading.Event()
+
+        def slow(timeout: float) -> Progress:
+            answer = link.store.progress(timeout)
+            asked.set()
+            assert go_on.wait(30)
+            return answer
+
+        link.progress = slow  # type: ignore[attr-defined]
+        asking = threading.Thread(target=tracker._shipper.progress, daemon=True)
+        asking.start()
+        assert asked.wait(30)
+        del link.progress  # type: ignore[attr-defined]
+        model(torch.randn(9, 4))
+        tracker.add_saturations(0)
+        found = tracker.metrics(wait=True)
+        assert found
+        go_on.set()
+        asking.join(30)
+        assert tracker.metrics() == found
+
+
+def test_a_signal_handler_closes_inside_a_hook_that_the_packer_waits_for(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hook holds the accumulators until the handler returns; the packer wants them for live rows."""
+    waiting = threading.Event()
+    live = Shipper.queue_live
+
+    def noted(self: Shipper, *args: float) -> bool:
+        waiting.set()
+        return live(self, *args)
+
+    model = nn.Linear(4, 3)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0.01)
+    model(torch.randn(9, 4))
+    with tracker._recorder.lock:  # as in the hook that was interrupted
+        monkeypatch.setattr(Shipper, "queue_live", noted)
+        assert waiting.wait(30)
+        tracker.close(timeout=20)
+    assert [(row["samples"], row["workers"]) for row in read_spectra(savefile).to_pylist() if row["final"]] == [(9, 1)]
+
+
+def test_nothing_is_recorded_again_once_nothing_can_be_delivered(savefile: str) -> None:
+    with SaturationTracker(savefile, "parquet", nn.Linear(4, 3), publish_every=0) as tracker:
+        tracker.stop()
+        failed = threading.Event()
+
+        def resume() -> None:
+            with pytest.raises(StoreError, match="the store is gone"):
+                tracker.resume()
+            failed.set()
+
+        resuming = threading.Thread(target=resume, daemon=True)
+        with tracker._shipper._state:  # where the sender finds out
+            resuming.start()
+            resuming.join(0.3)  # until it is as far as it gets
+            tracker._shipper.lost = "the store is gone"
+        assert failed.wait(30)
+        assert not tracker.is_recording()
+        tracker._shipper.lost = None
+
+
+def test_where_a_worker_is_is_known_as_soon_as_its_delta_is_offered(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is started anew asks for it, maybe before the packer has gone on."""
+    packed, go_on = threading.Event(), threading.Event()
+    excess = Outbox._excess
+
+    def slow(self: Outbox, *args: Any, **options: Any) -> Any:
+        packed.set()
+        assert go_on.wait(30)
+        return excess(self, *args, **options)
+
+    monkeypatch.setattr(Outbox, "_excess", slow)
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        model(torch.randn(9, 4))
+        tracker.add_saturations(0)
+        assert packed.wait(30)
+        shipper, told = tracker._shipper, list[Held]()
+        until(lambda: not len(shipper.outbox), "the store has it, and it is safe there")
+        monkeypatch.setattr(shipper, "_rejoin", told.append)
+        shipper._register_again()
+        go_on.set()
+    assert told == [Held(attempt=0, seq=1, window=1, whole=True)]
+
+
+@pytest.mark.parametrize("broken", ["next", "put"])
+def test_a_thread_that_fails_leaves_nobody_waiting(
+    savefile: str, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("nobody has foreseen this")
+
+    model = nn.Linear(4, 3)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    monkeypatch.setattr(Outbox, broken, fail)
+    model(torch.randn(9, 4))
+    tracker.add_saturations(0)
+    with pytest.raises(StoreError, match="nobody has foreseen this"):
+        tracker.flush(timeout=60)
+    assert not tracker.is_recording()
+    tracker.close()
+    assert "cannot deliver its moments and records no more" in caplog.text
+
+
+def test_a_store_that_ends_with_its_run_is_no_loss(savefile: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The last rank ends the store while its sender's sign of life is on its way."""
+
+    def ask() -> None:
+        raise StoreError("the store's process has ended", final=True)
+
+    with SaturationTracker(savefile, "parquet", nn.Linear(4, 3), publish_every=0) as tracker:
+        shipper = tracker._shipper
+        shipper.leaving = True
+        shipper._call(ask)
+        assert shipper.lost is None
+        shipper.leaving = False
+        shipper._call(ask)
+        assert shipper.lost == "StoreError: the store's process has ended"
+
+
+def test_what_cannot_be_packed_before_the_end_is_said(
+    savefile: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+    drain = HostAccumulator.drain_into
+
+    def slow_drain(self: HostAccumulator, *args: Any) -> Any:
+        assert go_on.wait(60)
+        return drain(self, *args)
+
+    monkeypatch.setattr(HostAccumulator, "drain_into", slow_drain)
+    monkeypatch.setattr("delve_ray.shipping.PACK_S", 0.1)
+    model = nn.Linear(4, 3)
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0)
+    model(torch.randn(9, 4))
+    tracker.add_saturations(7)
+    tracker.close(timeout=0.1)
+    assert "rows of steps [7] are still on their device; they are lost" in caplog.text
+    go_on.set()
+
+
+class Asking(logging.Handler):
+    """A handler of the user's that has another thread use the tracker, and waits for it."""
+
+    def __init__(self, ask: Callable[[], object]) -> None:
+        super().__init__(logging.ERROR)
+        self._ask = ask
+        self.answered: list[bool] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        thread = threading.Thread(target=self._ask, daemon=True)
+        thread.start()
+        thread.join(10)
+        self.answered.append(not thread.is_alive())
+
+
+def test_no_lock_is_held_while_something_is_said(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 3)
+    with SaturationTracker(savefile, "parquet", model, publish_every=0) as tracker:
+        taken, go_on = threading.Event(), threading.Event()
+        drain = HostAccumulator.drain_into
+
+        def slow_drain(self: HostAccumulator, *args: Any) -> Any:
+            taken.set()
+            assert go_on.wait(60)
+            return drain(self, *args)
+
+        monkeypatch.setattr(HostAccumulator, "drain_into", slow_drain)
+        monkeypatch.setattr(Recorder, "spare_bytes", 0)
+        handler = Asking(lambda: tracker.add_scalar("errors", 1.0))
+        logging.getLogger("delve_ray.packing_queue").addHandler(handler)
+        try:
+            for step in range(2):
+                model(torch.randn(9, 4))
+                tracker.add_saturations(step)
+                assert taken.wait(30)
+        finally:
+            logging.getLogger("delve_ray.packing_queue").removeHandler(handler)
+            go_on.set()
+        assert handler.answered == [True]

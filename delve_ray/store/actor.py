@@ -193,8 +193,9 @@ class StoreActor:
 
     def goodbye(self, source: Source) -> bool:
         """See `CovarianceStore.goodbye`; False as well where a driver may still ask."""
-        self._released = self._store.goodbye(source)
-        return self._released and not self._core.config.lingers
+        released = self._store.goodbye(source)
+        self._released = self._released or released  # two may say goodbye at once, and the last word be the first's
+        return released and not self._core.config.lingers
 
     def covariance(self, layer: str, phase: str) -> F64:
         """See `CovarianceStore.covariance`."""

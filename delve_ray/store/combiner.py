@@ -302,10 +302,11 @@ class CombinedStore:
         if time.monotonic() < self._not_before:
             return None
         try:
-            if self._link is None:
-                self._link = self._find()
+            link = self._link  # `end` may take it away meanwhile
+            if link is None:
+                link = self._link = self._find()
                 self.following = self._following
-            answer = self._link.take(delta, buffer)
+            answer = link.take(delta, buffer)
         except Exception as error:
             log.warning("the combiner of this node does not answer (%s); deltas go straight to the store", error)
             self._link, self._not_before = None, time.monotonic() + self._again

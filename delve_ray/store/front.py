@@ -242,7 +242,7 @@ class FrontStore(CovarianceStore):
                 return
             parts.written |= offered
             for attempt in self.attempts:
-                window = attempt.windows.get(job.ordinal)
+                window = attempt.windows.get(job.ordinal)  # none where a writer has answered after the end
                 if attempt.number == job.attempt and window is not None:
                     window.unwritten -= 1
                     self._touch()

@@ -203,15 +203,15 @@ class Publisher:
                 job = self._jobs.popleft() if self._jobs else None
                 ending = self._ending
             if job is not None:
-                self._publish(job)
+                self._try(job)
                 with self._changed:
                     self._pending -= 1
                     self._changed.notify_all()
             elif ending:
                 break
             else:
-                for live in self._owner.poll():
-                    self._publish(live)
+                for live in self._poll():
+                    self._try(live)
         self._crew.close()
         deadline = time.monotonic() + self._finish_timeout
         for writer in self.writers:
@@ -223,6 +223,24 @@ class Publisher:
             self._owner.ended()
         finally:
             self.finished.set()
+
+    def _poll(self) -> Sequence[Job]:
+        try:
+            return self._owner.poll()
+        except Exception as error:  # nothing that is foreseen; what is submitted is published all the same
+            what = f"the store failed when its publisher looked for work: {type(error).__name__}: {error}"
+            if what not in self._problems:
+                self.problem(what)
+            return ()
+
+    def _try(self, job: Job) -> None:
+        """Publish; what goes wrong costs this publication alone, and nobody waits for it."""
+        try:
+            self._publish(job)
+        except Exception as error:
+            self.problem(f"step {job.step} cannot be published: {type(error).__name__}: {error}")
+            if job.final:
+                self._owner.announced(job)
 
     def _publish(self, job: Job) -> None:
         self._owner.unpark(job.window)
@@ -272,11 +290,13 @@ class Publisher:
         return min(self._elsewhere, len(wide), DECOMPOSING_BYTES // max(wide, default=1))
 
     def _row(self, step: int, key: tuple[int, int], entry: Entry) -> LayerRow | None:
-        """The row of one layer; an error costs that one alone."""
+        """The row of one layer, None where nothing is merged yet; an error costs that one alone."""
         index, phase = key
         try:
             cut = entry.freeze()
             found = cut.collect()
+            if not found.n and not found.nonfinite:  # its first delta is being merged
+                return None
             row = entry_row(cut, found, self.layers[index], PHASES[phase], self.config, self._compute)
         except Exception as error:
             self.problem(f"layer {self.layers[index].name}, step {step}: {type(error).__name__}: {error}")

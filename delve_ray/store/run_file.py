@@ -53,6 +53,7 @@ class RunFile:
     def __init__(self, storage: Storage, config: StoreConfig, layers: Sequence[LayerInfo]) -> None:
         self._storage = storage
         self._lock = threading.Lock()
+        self._writing = threading.Lock()  # one at a time, so that no older content replaces a newer one
         self._content = _describe(storage, config, layers)
         self._dirty = False
         self._failing = False
@@ -120,19 +121,20 @@ class RunFile:
 
     def write_if_changed(self) -> None:
         """Write what has changed; what cannot be written now is said once and tried again with the next call."""
-        with self._lock:
-            if not self._dirty:
-                return
-            data, self._dirty = self._bytes(), False
-        try:
-            self._storage.write_atomic(NAME, data)
-            self._failing = False
-        except (OSError, pa.ArrowException) as error:
+        with self._writing:
             with self._lock:
-                self._dirty = True
-            if not self._failing:
-                log.error("%s/%s cannot be written (%s); it is tried again", self._storage.uri, NAME, error)
-            self._failing = True
+                if not self._dirty:
+                    return
+                data, self._dirty = self._bytes(), False
+            try:
+                self._storage.write_atomic(NAME, data)
+                self._failing = False
+            except (OSError, pa.ArrowException) as error:
+                with self._lock:
+                    self._dirty = True
+                if not self._failing:
+                    log.error("%s/%s cannot be written (%s); it is tried again", self._storage.uri, NAME, error)
+                self._failing = True
 
     def _bytes(self) -> bytes:
         return json.dumps(self._content, indent=2).encode()

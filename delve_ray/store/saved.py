@@ -100,6 +100,9 @@ class SavedStore:
         try:
             entries, lost = load_window(Storage(self.config.savefile), name), False
         except (ReadError, OSError) as error:
+            with self._lock:
+                if window.parked != name:  # somebody else was first, and the file is not needed any more
+                    return
             self.running().problem(f"what had come for step {window.step} is lost: {error}")
             entries, lost = {}, True
         with self._lock:

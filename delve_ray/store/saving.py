@@ -121,6 +121,7 @@ class Saver:
         self._kept: list[_Snapshot] = []
         self._wanted = -1
         self._longest = every
+        self._until = -1  # the version up to which it is that long
         self._stopping = False
         self._pause = 0.0
         self._took = 0.0
@@ -171,7 +172,7 @@ class Saver:
 
     def _within(self, pause: float) -> None:
         with self._changed:
-            self._longest = min(self._longest, pause)
+            self._longest, self._until = min(self._longest, pause), self._wanted
             self._changed.notify_all()
 
     def wait_saved(self, version: int, timeout: float) -> bool:
@@ -217,8 +218,9 @@ class Saver:
 
     def _due_in(self) -> float:
         """Seconds until the next snapshot; infinite when there is nothing to save."""
-        if self._wanted <= self.saved_version:
+        if self._until <= self.saved_version:  # and what came later can wait, however busy the run is
             self._longest = self.every
+        if self._wanted <= self.saved_version:
             return float("inf")
         share = HURRIED_SHARE if self._longest <= HURRY_S else SHARE
         pause = self._pause or max(self._longest, share * self._took)

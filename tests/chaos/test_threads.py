@@ -6,27 +6,40 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from delve_ray import read_covariances, spectrum
+from delve_ray import SaturationTracker, read_covariances, read_spectra, spectrum
 from delve_ray.moments import F64, PackedTotal, unpack_triangle
 from delve_ray.storage import Storage
+from delve_ray.store import publisher
 from delve_ray.store.core import CovarianceStore
+from delve_ray.store.run_file import RunFile, read_run
 from delve_ray.store.saving import Saver
 from delve_ray.store.window import Entry, Window
 from tests.chaos.processes import REPOSITORY, times
 from tests.helpers import covariance_error, two_pass_covariance
-from tests.stores import Keeper, Worker, config, source, until
+from tests.stores import LAYERS, Keeper, Worker, config, source, until
 
 SOURCES = 16
 WINDOWS = 4
 DELTAS = 12
 """Per source and window; half of them come twice, all of them in any order."""
+
+
+@pytest.fixture(autouse=True)
+def restless() -> Iterator[None]:
+    """Threads change places a thousand times as often as usual, which shows what is not locked."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 1000)
+    yield
+    sys.setswitchinterval(usual)
 
 
 def plan(worker: Worker, rng: np.random.Generator, kept: dict[int, list[F64]]) -> list[Any]:
@@ -99,6 +112,50 @@ def test_totals_are_exact_whatever_the_threads_do(savefile: str, seed: int) -> N
         assert error < 1e-12
 
 
+@pytest.mark.parametrize("seed", range(times(2)))
+def test_a_training_goes_on_while_others_ask_and_close(savefile: str, seed: int) -> None:
+    """Tiny batches, a window after each, live rows all the time; then two threads close it at once."""
+    chance = random.Random(seed)
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(5)))
+    tracker = SaturationTracker(savefile, "parquet", model, publish_every=0.005)
+    failures = list[Exception]()
+    over = threading.Event()
+
+    def ask() -> None:
+        while not over.is_set():
+            try:
+                tracker.metrics()
+                tracker.store.status()
+                tracker.add_scalar("asked", 1.0)
+                tracker.flush(60)
+            except Exception as error:
+                if "after close()" not in str(error):
+                    failures.append(error)
+                return
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    sent = [chance.randrange(1, 30) for _ in range(chance.randrange(10, 40))]
+    for step, count in enumerate(sent):
+        model(torch.randn(count, 6))
+        tracker.add_saturations(step)
+    closing = [threading.Thread(target=tracker.close, args=(60,), daemon=True) for _ in range(2)]
+    for thread in closing:
+        thread.start()
+    for thread in closing:
+        thread.join(120)
+        assert not thread.is_alive(), "a deadlock"
+    over.set()
+    asking.join(60)
+    assert not asking.is_alive(), "a deadlock"
+    assert failures == []
+    rows = read_spectra(savefile).to_pylist()
+    found = {(row["step"], row["layer"]): (row["samples"], row["workers"], row["final"]) for row in rows}
+    assert found == {(step, str(layer)): (count, 1, True) for step, count in enumerate(sent) for layer in range(5)}
+    last = [row["saturation"] for row in rows if row["step"] == len(sent) - 1]
+    assert tracker.metrics()["saturation/train/mean"] == pytest.approx(sum(last) / 5)
+
+
 class Gate:
     """Something that takes its time: whoever comes is held until it opens."""
 
@@ -108,8 +165,9 @@ class Gate:
         self.entered = threading.Event()
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        opening = self.open
         self.entered.set()
-        assert self.open.wait(60)
+        assert opening.wait(60)
         return self.work(*args, **options)
 
 
@@ -138,8 +196,16 @@ def goes_on(store: CovarianceStore, workers: list[Worker], gate: Gate) -> None:
 @pytest.fixture
 def workers(savefile: str) -> tuple[CovarianceStore, list[Worker]]:
     own = config(savefile=savefile, world_size=3, late_after=0.01, snapshot_every=3600.0)
-    store = CovarianceStore(own, writers=[Keeper()], saver=Saver(Storage(savefile), 3600.0))
-    return store, [Worker(store, rank) for rank in range(2)]
+    saver = Saver(Storage(savefile), 3600.0)
+    store = CovarianceStore(own, writers=[Keeper()], saver=saver)
+    team = [Worker(store, rank) for rank in range(2)]
+
+    def at_leisure() -> bool:
+        with saver._changed:
+            return saver._due_in() > 60
+
+    until(at_leisure, "a registration is saved in a hurry, and a cut would wait for what the tests hold up")
+    return store, team
 
 
 def test_nobody_waits_for_a_decomposition(
@@ -272,6 +338,122 @@ def test_a_window_is_not_parked_while_a_late_delta_is_merged(savefile: str, monk
     assert store.wait_finished(60)
     (row,) = read_covariances(savefile).to_pylist()
     assert (row["samples"], row["workers"]) == (7, 2)
+
+
+def test_a_layer_whose_first_delta_is_being_merged_has_no_row_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A live row of no observations would say that its saturation has fallen to 0."""
+    store = CovarianceStore(config(world_size=1), writers=[keeper := Keeper()])
+    worker = Worker(store, 0)
+    worker.send({(0, 1): np.eye(3)})
+    add, gate = PackedTotal.add, Gate(PackedTotal.add)
+    monkeypatch.setattr(
+        PackedTotal, "add", lambda self, n, *rest: gate(self, n, *rest) if n == 4 else add(self, n, *rest)
+    )
+    frozen, freeze = threading.Event(), Entry.freeze
+
+    def noted(self: Entry) -> Any:
+        cut = freeze(self)
+        if self.features == 5:
+            frozen.set()
+        return cut
+
+    monkeypatch.setattr(Entry, "freeze", noted)
+    delta = worker.next({(0, 0): np.ones((4, 3)), (1, 0): np.ones((6, 5))})
+    taking = threading.Thread(target=store.take, args=delta, daemon=True)
+    taking.start()
+    assert gate.entered.wait(20)
+    flushing = threading.Thread(target=store.flush, args=(20,), daemon=True)
+    flushing.start()
+    assert frozen.wait(20), "the wide layer, which is merged after the other"
+    gate.open.set()
+    flushing.join(20)
+    taking.join(20)
+    assert store.flush(20)
+    live = [{(row.layer, row.phase): row.samples for row in window.rows} for window in keeper.windows]
+    both = {("conv", "train"): 4, ("conv", "eval"): 3}
+    assert live == [both, both | {("fc", "train"): 6}]
+
+
+def test_what_somebody_else_has_brought_back_is_not_lost(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two want a parked window at once, and its file goes once the first has it."""
+    store = CovarianceStore(config(savefile=savefile, save_to=("parquet",), world_size=1))
+    worker = Worker(store, 0)
+    worker.send({(0, 0): np.eye(3)})
+    (window,) = store.attempts[-1].windows.values()
+    window.parked = "window-of-both"
+
+    def gone(*_: object) -> Any:
+        window.parked = None  # the other one has been here
+        raise FileNotFoundError("window-of-both")
+
+    monkeypatch.setattr("delve_ray.store.saved.load_window", gone)
+    store.unpark(window)
+    assert store.progress().problems == ()
+    assert [entry.n for entry in window.entries.values()] == [3]
+    assert window.broken == set()
+
+
+def test_a_window_that_cannot_be_published_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it is: the publisher's thread goes on, and says it."""
+    store = CovarianceStore(config(world_size=1), writers=[keeper := Keeper()])
+    worker = Worker(store, 0)
+    metrics = publisher.window_metrics
+    faults = iter([RuntimeError("nobody has foreseen this")])
+
+    def fail_once(rows: Any) -> Any:
+        for fault in faults:
+            raise fault
+        return metrics(rows)
+
+    monkeypatch.setattr(publisher, "window_metrics", fail_once)
+    for step in range(2):
+        worker.send({(0, 0): np.eye(3)}, step=step, closes=True)
+    until(lambda: store.progress().published == 2)
+    assert store.flush(20)
+    assert [window.step for window in keeper.windows] == [1]
+    (problem,) = store.progress().problems
+    assert problem == "step 0 cannot be published: RuntimeError: nobody has foreseen this"
+
+
+def test_a_store_that_fails_its_publisher_once_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    poll, calls = CovarianceStore.poll, list[int]()
+
+    def fail_twice(self: CovarianceStore) -> Any:
+        calls.append(len(calls))
+        if len(calls) < 3:
+            raise RuntimeError("nobody has foreseen this")
+        return poll(self)
+
+    monkeypatch.setattr(CovarianceStore, "poll", fail_twice)
+    monkeypatch.setattr(publisher, "_POLL_S", 0.01)
+    store = CovarianceStore(config(world_size=1), writers=[Keeper()])
+    worker = Worker(store, 0)
+    until(lambda: len(calls) > 3)
+    worker.send({(0, 0): np.eye(3)}, closes=True)
+    until(lambda: store.progress().published == 1)
+    (problem,) = store.progress().problems
+    assert "RuntimeError: nobody has foreseen this" in problem
+
+
+def test_no_older_description_of_a_run_replaces_a_newer_one(savefile: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registration writes it, and so does the publisher."""
+    file = RunFile(Storage(savefile), config(savefile=savefile), LAYERS)
+    file.begin_attempt(0, 2)
+    gate = Gate(Storage.write_atomic)
+    monkeypatch.setattr(Storage, "write_atomic", lambda self, *content: gate(self, *content))
+    first = threading.Thread(target=file.write_if_changed, daemon=True)
+    first.start()
+    assert gate.entered.wait(20)
+    file.begin_attempt(1, 2)
+    gate.open, held = threading.Event(), gate.open
+    gate.open.set()  # for the second one
+    second = threading.Thread(target=file.write_if_changed, daemon=True)
+    second.start()
+    second.join(0.3)  # until it is as far as it gets
+    held.set()
+    first.join(20)
+    second.join(20)
+    assert [attempt["attempt"] for attempt in read_run(Storage(savefile))["attempts"]] == [0, 1]
 
 
 TRACKERS = """

@@ -708,3 +708,35 @@ def test_a_store_in_the_process_takes_no_notice() -> None:
 
     store = CovarianceStore(config(), writers=[])
     assert through_combiner(store, "r", [LayerInfo("fc", "Linear", 1)]) is store
+
+
+def test_a_combiner_that_is_released_while_it_is_asked_for_takes_the_delta(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Leaving releases it, and the sender may be on its way to it."""
+    store = CovarianceStore(config(world_size=1), writers=[Keeper()])
+    worker = Worker(store, 0)
+    combiner = Combiner(store, LAYERS, 0, patience=0.0)
+
+    class Own:
+        def take(self, delta: Delta, buffer: F64) -> Ack:
+            return combiner.take(delta, buffer)
+
+        def forget(self, source: Source) -> None:
+            combiner.forget(source)
+
+        @property
+        def following(self) -> Any:
+            return None
+
+        @following.setter
+        def following(self, following: Any) -> None:
+            combined.end(worker.source)
+
+    combined = CombinedStore(store, Own)
+    seen = list[Delta]()
+    monkeypatch.setattr(combiner, "take", lambda delta, buffer: (seen.append(delta), store.take(delta, buffer))[1])
+    delta, buffer = with_widths(worker, some_rows(np.random.default_rng(0)), 0, closes=True)
+    assert combined.take(delta, buffer).merged
+    assert seen == [delta]
+    assert "does not answer" not in caplog.text

@@ -13,7 +13,7 @@ from delve_ray.errors import OptionError
 from delve_ray.store import actor
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.launch import start_store
-from delve_ray.store.protocol import StoreConfig
+from delve_ray.store.protocol import Source, StoreConfig
 from tests import stores
 
 
@@ -100,3 +100,28 @@ def test_a_store_whose_storage_is_away_is_restored_when_it_is_back(
 def test_auto_is_a_shard_for_each_node_that_is_alive(monkeypatch: pytest.MonkeyPatch, alive: int, shards: int) -> None:
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * alive + [{"Alive": False}] * 3)
     assert actor._auto_shards() == shards
+
+
+def test_the_last_of_two_that_say_goodbye_at_once_releases_the_store() -> None:
+    """Whichever of the two comes back first: otherwise the store lingers."""
+    asked, go_on = threading.Event(), threading.Event()
+
+    def goodbye(source: Source) -> bool:
+        if source.rank == 0:
+            asked.set()
+            assert go_on.wait(30)
+        return source.rank == 1
+
+    store = actor.StoreActor.__new__(actor.StoreActor)
+    store._ready, store._released = threading.Event(), False
+    store._ready.set()
+    store._core = SimpleNamespace(goodbye=goodbye, config=SimpleNamespace(lingers=0.0))  # type: ignore[assignment]
+    answers: list[bool] = []
+    first = threading.Thread(target=lambda: answers.append(store.goodbye(stores.source(0))), daemon=True)
+    first.start()
+    assert asked.wait(30)
+    assert store.goodbye(stores.source(1))
+    go_on.set()
+    first.join(30)
+    assert answers == [False]
+    assert store._released

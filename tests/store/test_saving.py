@@ -294,3 +294,25 @@ def test_a_store_that_nobody_has_joined_ends_without_a_snapshot(savefile: str) -
     until(lambda: running() <= before)
     assert store.abandon()
     assert not os.path.exists(os.path.join(savefile, "store"))
+
+
+def test_what_somebody_waited_for_hurries_nothing_that_comes_later(
+    savefile: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a busy run the state has always changed since the last snapshot."""
+    store, _ = begin(savefile)
+    assert store.saver is not None
+    freeze = store.freeze
+
+    def busy() -> Any:
+        frozen = freeze()
+        store._touch()
+        return frozen
+
+    monkeypatch.setattr(store, "freeze", busy)
+    worker = Worker(store, 0)
+    worker.send({(0, 0): rows(4, 3)})
+    save(store)
+    with store.saver._changed:
+        assert store.saver._due_in() > EVERY / 2
+    assert store.saver.status()["pending"]

@@ -28,10 +28,11 @@ from delve_ray.store.assignment import assign
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.door import MAX_COUNT
 from delve_ray.store.front import FrontStore
-from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, shard_config
+from delve_ray.store.parts import PENDING, UNKNOWN, WRITTEN, Parts, shard_config
 from delve_ray.store.protocol import LayerInfo, StoreConfig, moments_size
 from delve_ray.store.publishing import layer_row
 from delve_ray.store.run_file import read_run
+from delve_ray.store.window import Window
 from tests.chaos.processes import times
 from tests.store.six_layers import FEATURES, LAYERS, Sender, check, local_shards, mortal, some_rows, with_widths
 from tests.store.six_layers import layers as layers  # the fixture
@@ -385,3 +386,15 @@ def test_what_was_not_delivered_is_recovered(tmp_path: Path, lost: bool) -> None
         kept = rows if assigned[row["layer"]] == 0 else rows[1:]
         assert row["samples"] == sum(len(part[key]) for part in kept)
         assert row["workers"] < 2
+
+
+def test_a_writer_that_answers_after_the_end_is_too_late() -> None:
+    """The windows of a run that has ended go, but for those that a recovery may have something for."""
+    front = FrontStore(config(num_shards=2, world_size=1), writers=[Keeper()])
+    Worker(front, 0)
+    window = Window(0, step=3)
+    front._parts[0, 0] = Parts()
+    job = replace(window.job(0, 1, {0}, final=True), parts={})
+    front.written(job, True)
+    assert window.unwritten == 1
+    assert front.attempts[-1].windows == {}

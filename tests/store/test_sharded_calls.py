@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,35 @@ def test_where_no_thread_can_be_started_one_shard_is_asked_after_the_other(
         row = found[layer.name]
         assert (row["samples"], row["workers"], row["final"]) == (len(every), 1, True)
         assert row["trace"] == pytest.approx(every.var(0).sum(), rel=1e-9)
+
+
+AT_THE_END = """
+import atexit, sys
+import numpy as np
+from tests import stores
+from tests.store.six_layers import LAYERS, local_shards, some_rows, with_widths
+
+def send(step):
+    rows = some_rows(np.random.default_rng(step), share=1.0)
+    parts.take(*with_widths(worker, rows, step, closes=True))
+
+def end():  # as a tracker's that nobody closed
+    send(1)
+    worker.leave()
+    print(parts.wait_finished(60))
+
+stores.LAYERS = LAYERS
+parts = local_shards(sys.argv[1], 2, world_size=1)
+worker = stores.Worker(parts, 0, parts.config)
+send(0)
+atexit.register(end)
+"""
+
+
+def test_shards_take_what_is_left_when_the_interpreter_ends(tmp_path: Path) -> None:
+    """Thread pools are over by then: before anything of atexit runs."""
+    command = [sys.executable, "-c", AT_THE_END, str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert found.stdout == "True\n", found.stderr
+    steps = read_spectra(str(tmp_path)).column("step").to_pylist()
+    assert sorted(steps) == [0] * 2 * 6 + [1] * 2 * 6
