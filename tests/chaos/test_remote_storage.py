@@ -34,6 +34,7 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import StoreConfig
 from delve_ray.store.run_file import read_run
 from delve_ray.store.saving import Saver
+from delve_ray.store.sharded import LocalShards
 from delve_ray.store.writing import WriterThread
 from delve_ray.writers.parquet import ParquetWriter
 from tests import stores
@@ -438,6 +439,36 @@ def test_a_store_that_is_started_anew_goes_on_during_faults(server: Server, prox
     assert np.abs(unpack_triangle(np.asarray(row["covariance"]), 5) - reference).max() < TOLERANCE * reference.max()
     assert [name for name in files(server, place) if name.startswith("store/snapshot-")], "of its end"
     assert second.progress().problems == ()
+
+
+@pytest.mark.slow
+def test_shards_have_their_rows_and_snapshots_there(server: Server, proxy: Proxy, place: str) -> None:
+    options = stores.config(savefile=proxy.uri(place), save_to=("parquet",), num_shards=2, snapshot_every=3600.0)
+    sharded: Any = LocalShards(options, lambda own: Saver(Storage(own.savefile), 3600.0))
+    workers = [stores.Worker(sharded, rank, options) for rank in range(2)]
+    parts = {(layer, rank): stores.rows(20 + rank, d, 1e3) for layer, d in ((0, 3), (1, 5)) for rank in range(2)}
+    with proxy.faulty(in_a_row=2, busy=0.08, cut_request=0.08, cut_response=0.08, no_response=0.08):
+        for rank, worker in enumerate(workers):
+            worker.send({(layer, 0): parts[layer, rank] for layer in (0, 1)}, step=3)
+        for shard in sharded.local_shards:
+            assert shard.saver.wait_saved(shard._version, WITHIN_S)
+        saved = {name.rpartition("/")[0] for name in files(server, place) if "snapshot-" in name}
+    with proxy.away():
+        for worker in workers:
+            worker.send({}, step=3, closes=True)
+        wait_until(lambda: sharded.progress().published == 1, "a window that cannot be written yet")
+    for worker in workers:
+        worker.leave()
+    assert sharded.wait_finished(WITHIN_S)
+    assert {"shards/0/store", "shards/1/store"} <= saved
+    rows = {row["layer"]: row for row in read_covariances(direct(server, place)).to_pylist()}
+    assert set(rows) == {"conv", "fc"}
+    for layer, name in enumerate(("conv", "fc")):
+        assert (rows[name]["samples"], rows[name]["workers"]) == (41, 2)
+        reference = np.cov(np.concatenate([parts[layer, rank] for rank in range(2)]).T, bias=True)
+        found = unpack_triangle(np.asarray(rows[name]["covariance"]), len(reference))
+        assert np.abs(found - reference).max() < TOLERANCE * np.linalg.eigvalsh(reference)[-1]
+    assert sharded.progress().problems == ()
 
 
 class Away:
