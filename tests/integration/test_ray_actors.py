@@ -281,7 +281,7 @@ def test_a_run_whose_store_has_ended_by_itself_is_resumed(workers: Any, savefile
     """The workers were killed, the store has published what it had and still answers; a new one takes over."""
     import ray
 
-    delve_ray.start_store(savefile, run="silent", world_size=2, save_to="parquet", silent_after=1.0, publish_every=0)
+    delve_ray.start_store(savefile, run="silent", world_size=2, save_to="parquet", silent_after=5.0, publish_every=0)
     team = workers(2)
     ray.get([w.track.remote(savefile, "parquet", run="silent", rank=i, world_size=2) for i, w in enumerate(team)])
     ray.get(team[0].step.remote(10, 1, 0))

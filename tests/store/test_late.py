@@ -27,12 +27,13 @@ def saved_store(savefile: str, every: float = 0.02, **changes: Any) -> Covarianc
 def test_a_window_is_published_without_the_rank_that_is_late_and_corrected_when_it_comes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    store = CovarianceStore(config(world_size=3, late_after=0.1), writers=[keeper := Keeper()])
+    store = CovarianceStore(config(world_size=3), writers=[keeper := Keeper()])
     workers = [Worker(store, rank) for rank in range(3)]
     parts = [rows(10 + rank, 3) for rank in range(3)]
     for worker, part in zip(workers[:2], parts, strict=False):
         worker.send({(0, 0): part}, step=4, closes=True)
     workers[2].send({(0, 0): parts[2][:5]}, step=4)  # live, before the deadline
+    store.config = replace(store.config, late_after=0.1)
     until(lambda: keeper.windows, "the deadline")
     (first,) = keeper.windows
     assert (first.workers, first.world_size, first.rows[0].samples, first.final) == (2, 3, 26, True)
@@ -158,6 +159,7 @@ def test_a_straggler_of_the_attempt_before_corrects_what_is_not_replayed() -> No
     for step in range(3):
         old[0].send({(0, 0): rows(5, 3)}, step=step, closes=True)
     until(lambda: len(keeper.windows) == 3, "published without rank 1")
+    store.config = replace(store.config, late_after=0.0)
     new = [Worker(store, rank, token="two") for rank in range(2)]
     for worker in new:
         worker.send({(0, 0): rows(9, 3)}, step=1, closes=True)
