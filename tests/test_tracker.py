@@ -596,13 +596,20 @@ def test_closing_from_a_signal_handler_while_the_packer_waits_for_the_hook(
         def __init__(self, lock: Any) -> None:
             self.lock = lock
 
+        def acquire(self, timeout: float = -1) -> bool:
+            if self.lock.acquire(blocking=False):
+                return True
+            waiting.set()  # a hook has it
+            return bool(self.lock.acquire(timeout=timeout))
+
+        def release(self) -> None:
+            self.lock.release()
+
         def __enter__(self) -> None:
-            if not self.lock.acquire(blocking=False):
-                waiting.set()  # a hook has it
-                self.lock.acquire()
+            self.acquire()
 
         def __exit__(self, *_: Any) -> None:
-            self.lock.release()
+            self.release()
 
     def signalled(self: Accumulator) -> int:
         monkeypatch.setattr(Accumulator, "_slot", slot)

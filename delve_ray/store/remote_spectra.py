@@ -56,6 +56,7 @@ class RemoteSpectra:
         self._running = 0
         self._free = 0
         self._looked = float("-inf")
+        self._looking = False
         self._told: set[str] = set()
         self._device = device
         self._on_gpus = 0
@@ -97,16 +98,23 @@ class RemoteSpectra:
         with self._lock:
             if self._on_gpus >= most or time.monotonic() < self._no_gpu_until:
                 return False
-            if ray.available_resources().get("GPU", 0) < 1:
-                return False
             self._on_gpus += 1
-            return True
+        there_is_one = False
+        try:  # without the lock, for Ray may take its time
+            there_is_one = bool(ray.available_resources().get("GPU", 0) >= 1)
+        finally:
+            if not there_is_one:
+                with self._lock:
+                    self._on_gpus -= 1
+        return there_is_one
 
     def _take_place(self, *, wide: bool) -> bool:
         """Wait for a place: True for a wide layer that finds a free CPU elsewhere, False for one here."""
-        with self._changed:
-            while True:
-                if wide and self._finds_cpu():
+        while True:
+            if wide:
+                self._look()
+            with self._changed:
+                if wide and self._running < min(self._free, MOST_TASKS):
                     self._running += 1
                     return True
                 if self._here < self._cores:
@@ -120,15 +128,28 @@ class RemoteSpectra:
             self._here -= not elsewhere
             self._changed.notify_all()
 
-    def _finds_cpu(self) -> bool:
-        if time.monotonic() - self._looked > LOOK_S:
-            self._looked = time.monotonic()
+    def _look(self) -> None:
+        """Ask Ray how many CPUs are free, unless that is known; who gives a place back does not wait meanwhile."""
+        with self._changed:
+            while self._looking:
+                self._changed.wait()
+            if time.monotonic() - self._looked <= LOOK_S:
+                return
+            self._looking = True
+            looked = self._looked = time.monotonic()
+            running = self._running
+        free = 0
+        try:
             # Ray counts nothing for the store's own threads: where there is one node, they take of what seems free.
             alone = sum(bool(node["Alive"]) for node in ray.nodes()) == 1
-            free = int(ray.available_resources().get("CPU", 0)) - (self._cores if alone else 0)
             # What we have running is not free, and will be.
-            self._free = free + self._running
-        return self._running < min(self._free, MOST_TASKS)
+            free = int(ray.available_resources().get("CPU", 0)) - (self._cores if alone else 0) + running
+        finally:
+            with self._changed:
+                self._looking = False
+                if self._looked == looked:  # no task has failed meanwhile
+                    self._free = free
+                self._changed.notify_all()
 
     def _elsewhere(
         self, layer: LayerInfo, phase: str, found: Collected, config: StoreConfig, sample: Reservoir | None

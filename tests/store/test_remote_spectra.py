@@ -125,6 +125,36 @@ def test_on_one_node_the_stores_own_threads_are_not_free_cpus(monkeypatch: pytes
         assert not compute._take_place(wide=True), "the next one is decomposed here"
 
 
+def test_who_gives_a_place_back_does_not_wait_for_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    asked, answer = threading.Event(), threading.Event()
+
+    def slow() -> list[Any]:
+        asked.set()
+        assert answer.wait(60)
+        return [{"Alive": True}, {"Alive": True}]
+
+    monkeypatch.setattr(ray, "nodes", slow)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "GPU": 1.0})
+    compute = RemoteSpectra(1)
+    assert not compute._take_place(wide=False)
+    found: list[bool] = []
+    takers = [threading.Thread(target=lambda: found.append(compute._take_place(wide=True)), daemon=True) for _ in "ab"]
+    for taker in takers:
+        taker.start()
+    assert asked.wait(30)
+    giving = threading.Thread(target=compute._give_back, kwargs={"elsewhere": False}, daemon=True)
+    giving.start()
+    giving.join(20)
+    waited = giving.is_alive()
+    answer.set()
+    for taker in takers:
+        taker.join(30)
+    assert not waited
+    assert sorted(found) == [False, True], "one CPU elsewhere, one core here"
+
+
 def test_what_a_task_does_not_answer_the_store_computes(
     ray_session: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
