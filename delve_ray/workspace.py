@@ -111,7 +111,7 @@ class _Setting:
     """What the user lets float32 products of a device be rounded to: one setting for all threads of the process."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a signal's handler that closes the tracker may interrupt who has it
         self.holders = 0
         self.restore: Callable[[], None] = lambda: None
 
