@@ -203,7 +203,7 @@ def test_a_worker_whose_store_has_stopped_keeps_to_its_memory(savefile: str, tmp
     assert not list((tmp_path / "spill").iterdir()), "what waited there has arrived"
 
 
-@with_shards()
+@with_shards(in_ci=False)
 def test_rows_that_neither_memory_nor_disk_holds_are_given_up_and_missed(
     savefile: str, tmp_path: Path, num_shards: int
 ) -> None:
