@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -24,6 +25,8 @@ from delve_ray.store.parts import Key
 from delve_ray.store.protocol import Ack, Bundle, Delta, Held, LayerInfo, Progress, Source, StoreConfig, Welcome
 from delve_ray.store.sharded import ShardedStore
 
+log = logging.getLogger(__name__)
+
 NAMESPACE = "delve_ray"
 """Ray namespace of all stores; workers would otherwise look in their driver's, which is random."""
 CALL_TIMEOUT_S = 60.0
@@ -42,11 +45,13 @@ def actor_name(run: str, shard: int | None = None) -> str:
 
 
 def exists(run: str, shard: int) -> bool:
-    """Whether a shard's actor is there, alive or being restarted."""
+    """Whether a shard's actor is there, alive or being restarted; as long as Ray does not say, it is."""
     try:
         ray.get_actor(actor_name(run, shard), namespace=NAMESPACE)
     except ValueError:
         return False
+    except Exception as error:  # Ray's own: who asks on a thread of its own goes on, and asks again
+        log.debug("shard %d of run %s: %s", shard, run, error)
     return True
 
 
@@ -62,7 +67,12 @@ def find(run: str, timeout: float = 0.0, shard: int | None = None) -> Any:
                     f"run {run!r} has no store in this Ray cluster (waited {timeout:.0f} s); its first tracker starts "
                     f"one on rank 0, delve_ray.start_store() does so from a driver, and it ends with the run"
                 ) from None
-            time.sleep(0.1)
+        except Exception as error:  # Ray's own, such as a control plane that is being restarted
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"Ray does not say where the store of run {run!r} is: {type(error).__name__}: {error}"
+                ) from error
+        time.sleep(0.1)
 
 
 def connect(handle: Any) -> RemoteStore | ShardedStore:

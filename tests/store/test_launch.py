@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from delve_ray.errors import OptionError
-from delve_ray.store import actor
+from delve_ray.errors import OptionError, StoreError
+from delve_ray.store import actor, remote
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.launch import start_store
+from delve_ray.store.parts import PartWriter
 from delve_ray.store.protocol import Source, StoreConfig
+from delve_ray.store.writing_items import may_pass
 from tests import stores
 
 
@@ -125,3 +127,19 @@ def test_the_last_of_two_that_say_goodbye_at_once_releases_the_store() -> None:
     first.join(30)
     assert answers == [False]
     assert store._released
+
+
+def test_what_ray_does_not_say_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While its control plane is restarted. A shard's writer gives up what fails otherwise."""
+
+    def away(*_: object, **__: object) -> None:
+        raise RuntimeError("the control plane is away")
+
+    monkeypatch.setattr("ray.get_actor", away)
+    assert remote.exists("r", 0), "nobody knows"
+    with pytest.raises(StoreError, match="the control plane is away"):
+        remote.find("r")
+    writer = PartWriter(0, lambda: remote.RemoteStore(remote.find("r")))
+    with pytest.raises(OSError, match="the control plane is away") as caught:
+        writer.write(None)  # type: ignore[arg-type]
+    assert may_pass(caught.value), "it is tried for as long as it takes"
