@@ -180,7 +180,9 @@ class Slow:
         self.longest = 0
         self.done: list[int] = []
 
-    def accept(self, shard: int, part: PublishedWindow, after: parts.Key | None = None) -> bool:
+    def accept(
+        self, shard: int, part: PublishedWindow, after: parts.Key | None = None, problems: Sequence[str] = ()
+    ) -> bool:
         self.left -= 1
         self.kept.append((part.attempt, part.window, part.revision))
         self.longest = max(self.longest, len(self.kept))
@@ -193,7 +195,7 @@ class Slow:
         self.kept.pop(0)
         return WRITTEN
 
-    def shard_done(self, shard: int) -> None:
+    def shard_done(self, shard: int, problems: Sequence[str] = ()) -> None:
         self.done.append(shard)
 
 
