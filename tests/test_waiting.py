@@ -10,12 +10,14 @@ import pytest
 from delve_ray.errors import StoreError
 from delve_ray.store.protocol import Progress
 from delve_ray.waiting import wait_published
+from tests.stores import source
 
 
 class Stuck:
-    """A store that gets no further."""
+    """A shipper whose store gets no further."""
 
     def __init__(self, progress: Progress) -> None:
+        self.source = source(0)
         self._progress = progress
 
     def progress(self, timeout: float) -> Progress:
@@ -32,6 +34,6 @@ class Stuck:
     ids=["ranks", "problems", "slow"],
 )
 def test_a_window_that_does_not_come_is_put_down_to_who_keeps_it(progress: Progress, why: str) -> None:
-    store: Any = Stuck(progress)
+    shipper: Any = Stuck(progress)
     with pytest.raises(StoreError, match=rf"^window 3 of run 'r' is not published after 2 s: {why}"):
-        wait_published(store, "r", 4, time.monotonic(), 2.0)
+        wait_published(shipper, 4, time.monotonic(), 2.0)

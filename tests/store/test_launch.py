@@ -17,6 +17,7 @@ from delve_ray.store.parts import PartWriter
 from delve_ray.store.protocol import Source, StoreConfig
 from delve_ray.store.writing_items import may_pass
 from tests import stores
+from tests.windows import layer_row, window
 
 
 @pytest.mark.parametrize(
@@ -141,5 +142,5 @@ def test_what_ray_does_not_say_is_asked_again(monkeypatch: pytest.MonkeyPatch) -
         remote.find("r")
     writer = PartWriter(0, lambda: remote.RemoteStore(remote.find("r")))
     with pytest.raises(OSError, match="the control plane is away") as caught:
-        writer.write(None)  # type: ignore[arg-type]
+        writer.write(window([layer_row()]))
     assert may_pass(caught.value), "it is tried for as long as it takes"

@@ -309,7 +309,8 @@ def test_a_front_that_is_started_anew_knows_which_shard_has_a_sketched_layer(
     lives.shards[1].end()
     assert lives.front.reached.assigned() == {"a": 0, "b": 0, "c": 1}
     delta, buffer = late.next(rows[1], closes=True)
-    piece = lives.reached._cut(delta, buffer)[0]
+    widths = [infos[layer].features for layer, *_ in delta.entries]
+    piece = lives.reached._cut(delta, buffer, widths)[0]
     assert lives.shards[0].reached.take(*piece).merged
     assert lives.front.reached.take(replace(delta, entries=()).sealed(np.empty(0)), np.empty(0)).merged
     until(lambda: max(read_spectra(tmp_path).column("samples").to_pylist()) == 80)
