@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from delve_ray.errors import DelveRayError, ReadError, UnknownSource
 from delve_ray.parcels import Parcel, decode_parcel
 from delve_ray.storage import Storage
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.parts import FOLDER as SHARDS
+from delve_ray.store.parts import shard_of
 from delve_ray.store.protocol import Held, StoreConfig
 from delve_ray.store.run_file import NAME, read_run
 from delve_ray.store.saving import FOLDER, Saver
@@ -61,17 +63,24 @@ def recover(
     nothing to recover it from, or where the run seems to go on (not with `force`), and for a file that is damaged.
     """
     storage = savefile if isinstance(savefile, Storage) else Storage(savefile)
+    paths = list(paths)
     files = _find(storage, paths)
-    if not storage.exists(NAME) and not files:
+    kept = [state for place in _rescued(paths) if (state := Saver(place, 10.0).load()) is not None]
+    if not (files or kept or storage.exists(NAME)):
         raise ReadError(f"{storage.uri}: no run there; give the savefile of a run")
     if not force:
         _check_ended(storage)
     parcels = sorted(((name, _read(name)) for name in files), key=lambda item: _order(item[1]))
-    savers = [Saver(place, 10.0) for place in (*_rescued(paths), storage)]
-    state = next((state for state in [saver.load() for saver in savers] if state is not None), None)
-    if not parcels and (state is None or not _is_unfinished(state, storage)):
+    saver = Saver(storage, 10.0)
+    shards = {shard: state for state in kept if (shard := shard_of(state.config)) is not None}
+    state = next((state for state in kept if shard_of(state.config) is None), None) or saver.load()
+    if state is None and shards:
+        raise ReadError(
+            f"{storage.uri}: no snapshot of the run whose shards {sorted(shards)} were kept; give its savefile"
+        )
+    if not parcels and (state is None or not _is_unfinished(state, storage, shards)):
         return []
-    store = _reopen(storage, parcels, state, savers[-1])
+    store = _reopen(storage, parcels, state, saver, shards)
     if store is None:
         return []
     outcomes = [_take(store, name, parcel) for name, parcel in parcels]
@@ -105,8 +114,9 @@ def _find(storage: Storage, paths: Iterable[str | os.PathLike[str]]) -> list[str
 
 
 def _rescued(paths: Iterable[str | os.PathLike[str]]) -> list[Storage]:
-    """Of the given folders, those that hold a snapshot."""
-    return [Storage(path) for path in paths if os.path.isdir(os.path.join(path, FOLDER))]
+    """Of the given folders, and of those of shards in them, the ones that hold a snapshot."""
+    places = [Path(place) for path in paths for place in (path, *sorted(Path(path, SHARDS).glob("*")))]
+    return [Storage(place) for place in places if (place / FOLDER).is_dir()]
 
 
 def _read(name: str) -> Parcel:
@@ -138,16 +148,22 @@ def _check_ended(storage: Storage) -> None:
         )
 
 
-def _is_unfinished(state: State, storage: Storage) -> bool:
+def _is_unfinished(state: State, storage: Storage, rescued: Mapping[int, State]) -> bool:
     """Whether the files lack something that a snapshot has, be it that of a shard."""
     if state.unfinished or state.config.num_shards == 1:
         return state.unfinished
+    if any(shard.unfinished for shard in rescued.values()):
+        return True
     shards = [Saver(storage.child(f"{SHARDS}/{shard}"), 10.0).load() for shard in range(state.config.num_shards)]
     return any(shard is not None and shard.unfinished for shard in shards)
 
 
 def _reopen(
-    storage: Storage, parcels: Sequence[tuple[str, Parcel]], state: State | None, saver: Saver
+    storage: Storage,
+    parcels: Sequence[tuple[str, Parcel]],
+    state: State | None,
+    saver: Saver,
+    shards: Mapping[int, State],
 ) -> CovarianceStore | LocalShards | None:
     """A store in this process that goes on with the run; None where there is nothing to go on with."""
     known: StoreConfig | None = state.config if state is not None else None
@@ -157,11 +173,12 @@ def _reopen(
     quiet = {"publish_every": 0.0, "silent_after": 0.0, "late_after": 0.0, "resume": True}
     files = tuple(name for name in known.save_to if name in FILES) or ("parquet",)
     config = replace(known, savefile=storage.savefile, save_to=files, **quiet)  # type: ignore[arg-type]
-    store: CovarianceStore | LocalShards
     if config.num_shards > 1:
-        store = LocalShards(config, lambda each: saver if each is config else Saver(Storage(each.savefile), 10.0))
-    else:
-        store = CovarianceStore(config, saver=saver)
+        sharded = LocalShards(config, lambda each: saver if each is config else Saver(Storage(each.savefile), 10.0))
+        if state is not None:
+            sharded.go_on(replace(state, config=config, ending=None), shards)
+        return sharded
+    store = CovarianceStore(config, saver=saver)
     if state is not None:
         store.go_on(replace(state, config=config, ending=None))
     return store

@@ -9,12 +9,14 @@ not wait for that with the next part: what one of the front's writers is behind 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from string import digits
 from typing import Any, Protocol
 
 from delve_ray.errors import DelveRayError, StoreError
@@ -254,6 +256,23 @@ def shard_config(config: StoreConfig, shard: int) -> StoreConfig:
     )
 
 
+def shard_of(config: StoreConfig) -> int | None:
+    """The shard that `shard_config` has made a configuration for; None for one of a whole run.
+
+    >>> run = StoreConfig("r", "s3://bucket/run?region=here", world_size=1, num_shards=2)
+    >>> shard_of(shard_config(run, 1)), shard_of(run)
+    (1, None)
+    """
+    return int(_place(config.savefile)[1]) if config.save_to == (PartWriter.name,) else None
+
+
+def _place(savefile: str) -> tuple[str, str, str]:
+    """What a shard's savefile has before the folder of the shards, its number, and what a URI has behind its path."""
+    above, _, rest = savefile.rpartition(f"/{FOLDER}/")
+    behind = rest.lstrip(digits)
+    return above, rest.removesuffix(behind), behind
+
+
 class ShardStore(CovarianceStore):
     """The store of a shard: what it has published is written once the front has written it.
 
@@ -266,6 +285,17 @@ class ShardStore(CovarianceStore):
         self._part_writer = next((w for w in self._given_writers or () if isinstance(w, PartWriter)), None)
         if self._part_writer is not None:
             self._part_writer.problems = self._unpublished
+
+    @property
+    def run_savefile(self) -> str:
+        """See `SavedStore.run_savefile`."""
+        above, _, behind = _place(self.config.savefile)
+        return above + behind
+
+    @property
+    def rescue_folder(self) -> str:
+        """See `SavedStore.rescue_folder`: below that of the run, as shards of it may be on one machine."""
+        return os.path.join(super().rescue_folder, FOLDER, _place(self.config.savefile)[1])
 
     def _unpublished(self) -> Sequence[str]:
         return () if self.publisher is None else self.publisher.unpublished()

@@ -76,6 +76,16 @@ class SavedStore:
         if saver is not None:
             saver.start(self)
 
+    @property
+    def run_savefile(self) -> str:
+        """Where the run's files are."""
+        return self.config.savefile
+
+    @property
+    def rescue_folder(self) -> str:
+        """Where on this machine it keeps what the savefile has no room for."""
+        return rescue_folder(self.config.run)
+
     def running(self) -> Publisher:
         """The publisher. Raises StoreError as long as no worker has come."""
         if self.publisher is None:
@@ -112,7 +122,7 @@ class SavedStore:
 
     def _rescue(self) -> None:
         """Keep what the writers could not write, where there is room: beside the files, or on this machine."""
-        for place in (self.config.savefile, rescue_folder(self.config.run)):
+        for place in (self.config.savefile, self.rescue_folder):
             try:
                 storage = Storage(place)
                 save_once(storage, self.freeze())
@@ -121,7 +131,7 @@ class SavedStore:
             where = storage.uri
             self.running().problem(
                 f"what could not be written is kept on {socket.gethostname()} in {where}/{FOLDER}; "
-                f"`delve-ray recover {masked(self.config.savefile)} {where}` writes it"
+                f"`delve-ray recover {masked(self.run_savefile)} {where}` writes it"
             )
             return
         self.running().problem("what could not be written is lost: there is no room for it on this machine either")

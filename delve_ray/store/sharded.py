@@ -224,10 +224,15 @@ class LocalShards(ShardedStore):
         """Whether a worker has ever registered."""
         return self.local_front.joined
 
-    def go_on(self, state: State) -> None:
-        """Go on from the front's state, and from the snapshots that the shards have; one without any begins anew."""
-        for shard in self.local_shards:
-            saved = shard.saver.load() if shard.saver is not None else None
+    def go_on(self, state: State, rescued: Mapping[int, State] | None = None) -> None:
+        """Go on from the front's state, and from the snapshots that the shards have; one without any begins anew.
+
+        `rescued` has, by number, the state of shards that have kept it elsewhere.
+        """
+        for index, shard in enumerate(self.local_shards):
+            saved = (rescued or {}).get(index)
+            if saved is None and shard.saver is not None:
+                saved = shard.saver.load()
             if saved is not None:
                 shard.go_on(replace(saved, config=shard.config, ending=None))
         self.local_front.go_on(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from delve_ray.errors import StoreError
+from delve_ray.errors import ReadError, StoreError
+from delve_ray.recovery import recover
 from delve_ray.schema import LayerRow, PublishedWindow
 from delve_ray.storage import Storage
-from delve_ray.store import parts
+from delve_ray.store import parts, saving
 from delve_ray.store.front import FrontStore
 from delve_ray.store.parts import LOST, PENDING, UNKNOWN, WRITTEN, PartWriter, ShardStore, detached, shard_config
 from delve_ray.store.saving import Saver
@@ -102,6 +104,52 @@ def test_a_window_that_a_writer_gives_up_holds_up_no_other(tmp_path: Path) -> No
         until(lambda shard=shard: shard.finished)
         assert shard.attempts[0].windows.keys() == set(range(WINDOWS)), "a recovery may still write them"
         assert shard.progress().problems == ()
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["on one machine", "on two"])
+def test_what_no_store_could_save_is_recovered_from_where_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, together: bool
+) -> None:
+    run, rescue = tmp_path / "run", tmp_path / "rescue"
+    monkeypatch.setattr("delve_ray.store.saved.rescue_folder", lambda run: str(rescue))
+    store: Any = with_writers(run, [Keeper("broken", fail=True)], world_size=1)
+    worker = Worker(store, 0, store.settings())
+    store.front.running().writers[0]._retry_s = (0.01, 0.01)
+    sent = send_windows(store, worker)
+    until(lambda: store.front.part_state(0, 0, WINDOWS - 1, 0) == LOST)
+    worker.leave()
+    assert store.wait_finished(60)
+    save = saving.save_once
+
+    def full(storage: Storage, frozen: Any) -> None:
+        if "rescue" not in storage.uri:
+            raise OSError("no space left on device")
+        save(storage, frozen)
+
+    monkeypatch.setattr("delve_ray.store.saved.save_once", full)
+    for shard in store.shards:
+        until(lambda shard=shard: shard.finished)
+        shard._rescue()
+        number = Path(shard.config.savefile).name
+        assert f"recover {run} {rescue}/shards/{number}` writes it" in shard.running().problems()[-1]
+        shutil.rmtree(run / "shards" / number / "store")
+    folders = [rescue]
+    if not together:
+        shutil.move(rescue / "shards" / "1", tmp_path / "other")
+        folders.append(tmp_path / "other")
+    recover(run, folders)
+    check(str(run), sent, workers=1)
+
+
+def test_a_shard_alone_is_no_run_to_recover(tmp_path: Path) -> None:
+    """Its windows are not those of all layers."""
+    store: Any = with_writers(tmp_path / "run", [Keeper()], world_size=1)
+    worker = Worker(store, 0, store.settings())
+    send_windows(store, worker, 1)
+    (shard, _) = store.shards
+    saving.save_once(Storage(tmp_path / "kept"), shard.freeze())
+    with pytest.raises(ReadError, match=r"no snapshot of the run whose shards \[0\] were kept; give its savefile"):
+        recover(tmp_path / "elsewhere", [tmp_path / "kept"], force=True)
 
 
 @pytest.fixture
