@@ -87,11 +87,6 @@ class Outbox:
 
     # --- in -------------------------------------------------------------------------------------------------
 
-    def add(self, delta: Delta, buffer: F64, *, first: bool, memory: int, limit: int) -> None:
-        """Take in a packed delta; on return no more than the bound is in memory."""
-        self.put(delta.sealed(buffer), buffer, first=first)
-        self.make_room(memory=memory, limit=limit)
-
     def put(self, delta: Delta, buffer: F64, *, first: bool) -> None:
         """Take in a packed and sealed delta; `make_room` is to follow."""
         with self._lock:

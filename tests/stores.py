@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from delve_ray.moments import Moments
+from delve_ray.moments import F64, Moments
+from delve_ray.outbox import Outbox
 from delve_ray.schema import PublishedWindow
 from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, Source, StoreConfig
@@ -63,6 +64,12 @@ def config(**changes: Any) -> StoreConfig:
 
 def source(rank: int, name: str = "", token: str = "", pid: int = 100) -> Source:
     return Source("r", token, rank, name or f"s{token}{rank}", "host", pid + rank)
+
+
+def park(outbox: Outbox, delta: Delta, buffer: F64, *, first: bool, memory: int, limit: int) -> None:
+    """Take in a packed delta as a worker's packer does."""
+    outbox.put(delta.sealed(buffer), buffer, first=first)
+    outbox.make_room(memory=memory, limit=limit)
 
 
 class Worker:

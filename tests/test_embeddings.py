@@ -24,7 +24,7 @@ from delve_ray.store.core import CovarianceStore
 from delve_ray.store.protocol import Delta
 from delve_ray.store.saving import Saver, save_once
 from delve_ray.writers.parquet import ParquetWriter
-from tests.stores import LAYERS, Keeper, Worker, config, rows, written
+from tests.stores import LAYERS, Keeper, Worker, config, park, rows, written
 from tests.windows import layer_row, window
 
 STATS = ("saturation", "cov", "embed")
@@ -183,7 +183,7 @@ def test_a_delta_with_a_sample_goes_through_files(tmp_path: Path) -> None:
     assert parcel.delta == delta
     assert np.array_equal(parcel.buffer, buffer)
     outbox = Outbox(store.config, LAYERS, str(tmp_path / "spill"))
-    outbox.add(delta, buffer, first=True, memory=0, limit=0)
+    park(outbox, delta, buffer, first=True, memory=0, limit=0)
     found = outbox.next()
     assert found is not None
     assert store.take(*found).merged

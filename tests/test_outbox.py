@@ -16,7 +16,7 @@ from delve_ray.outbox import Outbox, spill_folder
 from delve_ray.parcels import decode_parcel, parcel_name
 from delve_ray.storage import Storage
 from delve_ray.store.protocol import Ack, Delta, LayerInfo, fingerprint
-from tests.stores import config, source
+from tests.stores import config, park, source
 
 SIZE = 1000
 NBYTES = 8 * SIZE
@@ -48,7 +48,7 @@ def box(tmp_path: Path) -> Outbox:
 
 def fill(box: Outbox, count: int, memory: int = 3 * NBYTES, limit: int = 10**9) -> None:
     for seq in range(count):
-        box.add(delta(seq), values(seq), first=True, memory=memory, limit=limit)
+        park(box, delta(seq), values(seq), first=True, memory=memory, limit=limit)
         assert box.status()["memory_bytes"] <= max(memory, NBYTES)
 
 
@@ -105,7 +105,7 @@ def test_what_a_worker_still_has_is_told_to_a_store_that_lost_it(box: Outbox) ->
     held = box.held(3, 8, 4, first=True)
     assert (held.attempt, held.seq, held.window, held.whole) == (3, 8, 4, True)
     for seq in range(4, 7):
-        box.add(delta(seq, attempt=3), values(seq), first=seq == 6, memory=10**9, limit=10**9)
+        park(box, delta(seq, attempt=3), values(seq), first=seq == 6, memory=10**9, limit=10**9)
     box.acknowledge(Ack(0, next_seq=7, durable=5))
     held = box.held(3, 7, 7, first=True)
     assert (held.attempt, held.seq, held.window, held.whole) == (3, 5, 5, False)
@@ -116,7 +116,7 @@ def test_a_folder_that_cannot_be_written_uses_memory_and_then_gives_rows_up(
 ) -> None:
     Path(box.folder).parent.joinpath("spill").write_text("in the way")
     for seq in range(6):
-        box.add(delta(seq), values(seq), first=True, memory=NBYTES, limit=3 * NBYTES)
+        park(box, delta(seq), values(seq), first=True, memory=NBYTES, limit=3 * NBYTES)
         assert box.status()["memory_bytes"] <= 3 * NBYTES
     assert box.status()["lost"] == 3
     assert [(d.seq, d.complete, bool(d.entries)) for d in box.waiting] == [
@@ -186,9 +186,8 @@ def test_a_runs_name_is_no_part_of_a_path(run: str, tmp_path: Path) -> None:
     )
 
 
-def test_a_file_that_goes_because_the_store_has_it_is_no_loss(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving hears it from the store while the sender reads the file."""
-    fill(box, 2, memory=0)
+def answer_while_it_is_read(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the store's answer to the first delta come when somebody begins to read its file."""
     read = Storage.read_buffer
 
     def late(self: Storage, name: str) -> object:
@@ -196,6 +195,12 @@ def test_a_file_that_goes_because_the_store_has_it_is_no_loss(box: Outbox, monke
         return read(self, name)
 
     monkeypatch.setattr(Storage, "read_buffer", late)
+
+
+def test_a_file_that_goes_because_the_store_has_it_is_no_loss(box: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving hears it from the store while the sender reads the file."""
+    fill(box, 2, memory=0)
+    answer_while_it_is_read(box, monkeypatch)
     header, buffer = box.next() or (None, None)
     assert header is not None
     assert buffer is not None
@@ -214,7 +219,7 @@ def test_what_is_being_sent_is_not_given_up(box: Outbox, monkeypatch: pytest.Mon
         raise OSError("no space left")
 
     monkeypatch.setattr(box, "_spill", full)
-    box.add(delta(0), values(0), first=True, memory=0, limit=0)
+    park(box, delta(0), values(0), first=True, memory=0, limit=0)
     assert len(taken) == 1
     header, buffer = box.next() or (None, None)
     assert header is not None
@@ -228,13 +233,7 @@ def test_what_a_late_answer_takes_away_needs_no_recovery(
     box: Outbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(box, 2, memory=0)
-    read = Storage.read_buffer
-
-    def late(self: Storage, name: str) -> object:
-        box.acknowledge(Ack(0, next_seq=1, durable=1))
-        return read(self, name)
-
-    monkeypatch.setattr(Storage, "read_buffer", late)
+    answer_while_it_is_read(box, monkeypatch)
     paths = box.write_all(str(tmp_path / "kept"))
     assert paths == [str(tmp_path / "kept" / parcel_name(delta(1)))]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from delve_ray.sketch import WHOLE, SketchRule
+from delve_ray.sketch import SketchRule
 from delve_ray.store.protocol import LayerInfo, StoreConfig
 
 
-def assign(layers: Sequence[LayerInfo], num_shards: int, rule: SketchRule = WHOLE) -> list[int]:
+def assign(layers: Sequence[LayerInfo], num_shards: int, rule: SketchRule) -> list[int]:
     """The shard of each layer: the costliest first, each to the shard that has the least so far.
 
     A layer costs what its moments take, about d²/2, or what its sketch does by `rule`. Nobody is more than a third
@@ -16,7 +16,8 @@ def assign(layers: Sequence[LayerInfo], num_shards: int, rule: SketchRule = WHOL
     1969). Layers of unknown width come last, and are spread evenly. The same layers have the same shards in every
     process.
 
-    >>> assign([LayerInfo(name, "Linear", width) for name, width in zip("abcd", (8, 64, 32, 48))], 2)
+    >>> from delve_ray.sketch import WHOLE
+    >>> assign([LayerInfo(name, "Linear", width) for name, width in zip("abcd", (8, 64, 32, 48))], 2, WHOLE)
     [1, 0, 1, 1]
     """
     load = [(0, 0, shard) for shard in range(num_shards)]  # what it has, of how many layers

@@ -43,6 +43,7 @@ from tests.chaos.harness import (
 )
 from tests.chaos.processes import times
 from tests.chaos.sharded import Lives, lives_of
+from tests.stores import park
 
 WITHIN_S = 120.0
 """How long one simulated run may take on a busy machine."""
@@ -119,7 +120,7 @@ class Rank:
             scalars = (Scalar(RUN, 0, self.rank, "loss", self.sent, float(self.sent), at),)
             self.scalars.append(("loss", self.sent, self.rank, float(self.sent)))
         delta, buffer = delta_of(self.source, self.sent, self.window, rows, closes=closes, scalars=scalars)
-        self.outbox.add(delta, buffer, first=self.first, memory=0, limit=0)
+        park(self.outbox, delta, buffer, first=self.first, memory=0, limit=0)
         self.kept[self.sent] = delta, buffer
         remember(self.truth, rows, 10 * self.window)
         self.sent, self.window, self.first = self.sent + 1, self.window + closes, closes

@@ -281,7 +281,7 @@ def test_what_a_shard_cannot_publish_is_said_by_the_run(tmp_path: Path) -> None:
             raise ArithmeticError("no convergence")
         return layer_row(layer, *args, **options)
 
-    shard = assign(LAYERS, 2)[3]
+    shard = assign(LAYERS, 2, WHOLE)[3]
     sharded.take(*with_widths(worker, rows, 0, False))
     sharded.local_shards[shard].running()._compute = fail
     worker.send({}, 0, True)
