@@ -26,7 +26,7 @@ from delve_ray.store.saving import Saver
 from delve_ray.store.state import cut_arrays, freeze_window, window_entries
 from delve_ray.store.window import Window
 from tests.helpers import accumulator, covariance_error
-from tests.stores import LAYERS, Keeper, Worker, config, rows, source, written
+from tests.stores import LAYERS, Keeper, Worker, config, park, rows, source, written
 
 EXACT = 1e-11
 """Of λ1: what merging in float64 may differ by from two passes, at a mean of 1e3 spreads or less."""
@@ -220,7 +220,7 @@ def test_a_spilled_delta_has_its_weights(tmp_path: Path) -> None:
     worker = Worker(store, 0)
     box = Outbox(store.config, LAYERS, str(tmp_path / "spill"))
     for part in parts:
-        box.add(*weighted(worker, part), first=False, memory=0, limit=10**9)
+        park(box, *weighted(worker, part), first=False, memory=0, limit=10**9)
     assert box.status()["on_disk"] == 5
     while (found := box.next()) is not None:
         ack = store.take(*found)
@@ -238,7 +238,7 @@ def test_a_delta_that_was_not_delivered_has_its_weights(savefile: str, tmp_path:
     store.take(*weighted(worker, parts[0]))
     box = Outbox(store.config, LAYERS, str(tmp_path / "spill"))
     for index, part in enumerate(parts[1:]):
-        box.add(*weighted(worker, part, closes=index == 3), first=False, memory=10**9, limit=10**9)
+        park(box, *weighted(worker, part, closes=index == 3), first=False, memory=10**9, limit=10**9)
     box.write_all(str(tmp_path / "left"))
     store.finish("closed")
     assert store.wait_finished(60)
@@ -252,7 +252,7 @@ def test_rows_that_are_given_up_leave_no_weight(tmp_path: Path) -> None:
     (tmp_path / "spill").write_text("in the way")
     store = CovarianceStore(config(world_size=1), writers=[])
     box = Outbox(store.config, LAYERS, str(tmp_path / "spill"))
-    box.add(*weighted(Worker(store, 0), Group(rows(3, 5), 2.0), closes=True), first=True, memory=0, limit=0)
+    park(box, *weighted(Worker(store, 0), Group(rows(3, 5), 2.0), closes=True), first=True, memory=0, limit=0)
     delta, buffer = box.next() or (None, None)
     assert delta is not None
     assert not delta.complete
